@@ -5,7 +5,8 @@
     │   └── RecipeError              the same for a recipe
     ├── ArtifactError                an artifact that is missing, damaged, too new, or made for another model
     ├── CaptureError                 a graph that cannot be brought into our IR
-    ├── PassError                    a graph pass that failed, with its name and its dump
+    ├── PassError                    the registration of a pass: name taken, unknown neighbour, cycle
+    │   └── PassFailed               a pass that failed on a graph, with its name and its dump
     ├── SignalError                  a denoising step signal that contradicts itself
     ├── UnsupportedError             something that cannot be compressed, where `strict` or the call demands it
     ├── StaleWeightsError            a weight that changed after it was packed
@@ -40,7 +41,11 @@ class CaptureError(QuantSparseError):
 
 
 class PassError(QuantSparseError):
-    """A graph pass failed."""
+    """A graph pass cannot be registered or ordered."""
+
+
+class PassFailed(PassError):
+    """A graph pass failed on a graph."""
 
 
 class SignalError(QuantSparseError):
