@@ -6,8 +6,17 @@ Names of torch._inductor resolve on first use, so that importing this module (an
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 # name -> (module, attribute); attribute None means the module itself
 _LAZY: dict[str, tuple[str, str | None]] = {
@@ -31,7 +40,6 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "select_decomp_table": ("torch._inductor.decomposition", "select_decomp_table"),
     "DeviceProperties": ("torch._inductor.runtime.hints", "DeviceProperties"),
     "CudaInterface": ("torch._dynamo.device_interface", "CudaInterface"),
-    "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
     "fake_tensor": ("torch._subclasses.fake_tensor", None),
 }
 
@@ -50,7 +58,7 @@ def __getattr__(name: str) -> Any:
 
 
 def extern_kernel(op) -> Any:
-    """A lowering that calls `op` eagerly; unlike Inductor's own handlers it leaves the global set of fallbacks alone."""
+    """A lowering that calls `op` eagerly; unlike Inductor's own handlers it leaves the global fallback set alone."""
     from torch._inductor.lowering import fallback_handler
 
     return fallback_handler(op, add_to_fallback_set=False)
@@ -65,7 +73,7 @@ def make_template(name: str, grid, source: str) -> Any:
 
 
 def select_template(name: str, template, configs: list[dict], nodes: list, layout, **common) -> Any:
-    """The TensorBox of `template` over `nodes` with the best of `configs` (each one is benchmarked if there are several)."""
+    """The TensorBox of `template` over `nodes` with the best of `configs`; several of them are benchmarked."""
     from torch._inductor.select_algorithm import autotune_select_algorithm
 
     choices: list = []
@@ -82,3 +90,259 @@ def cpp_wrapper_active() -> bool:
     from torch._inductor.virtualized import V
 
     return bool(V.graph.cpp_wrapper)
+
+
+# --- graphs: tracing, copying, naming -------------------------------------------------------------------------------
+
+
+def retrace_dynamo(module: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo's torch-level graph as flat pre-dispatch ATen, with the placeholders' Dynamo identity kept."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    values = [p.meta["example_value"] for p in placeholders]
+    fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+    # tracing(None): with a tracing context invoke_subgraph bodies would keep their pre-dispatch form and
+    # compile_fx would refuse them.
+    with torch._guards.tracing(None), _trace_modes(fake_mode):
+        traced = make_fx(fx.Interpreter(module).run, pre_dispatch=True)(*values)
+    _copy_placeholders(module, traced)
+    return traced
+
+
+def retrace_concrete(module: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
+    """Trace an ATen graph again for the shapes of `args`; sizes become numbers."""
+    fake_mode = FakeTensorMode()
+    values = [fake_mode.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
+    with torch._guards.tracing(None), _trace_modes(fake_mode):
+        traced = make_fx(fx.Interpreter(module).run, pre_dispatch=True)(*values)
+    _copy_placeholders(module, traced)
+    return traced
+
+
+@contextlib.contextmanager
+def _trace_modes(fake_mode: FakeTensorMode) -> Iterator[None]:
+    with enable_python_dispatcher(), fake_mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
+        yield
+
+
+def trace_fake(fn: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
+    """Pre-dispatch ATen graph of `fn` on fake tensors of one mode."""
+    fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
+    with torch._guards.tracing(None), _trace_modes(fake_mode):
+        return make_fx(fn, pre_dispatch=True)(*values)
+
+
+def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with its own graph; nodes keep their metadata and placeholders their Dynamo identity."""
+    graph, mapping = fx.Graph(), {}
+    graph.output(graph.graph_copy(module.graph, mapping))
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # graph_copy drops it
+    out = fx.GraphModule(module, graph)
+    out.meta = dict(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        out._param_name_to_source = dict(module._param_name_to_source)
+    return out
+
+
+def source_name(placeholder: fx.Node) -> str | None:
+    """Dynamo's source of a placeholder, for example `L['self']._modules['to_q']._parameters['weight']`."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name
+    return name() if callable(name) else name
+
+
+def stack_name(entry: tuple[str, Any]) -> str:
+    """Path string of one entry of a node's nn_module_stack."""
+    return entry[0]
+
+
+def mark_extra_placeholder(node: fx.Node) -> None:
+    """Give a placeholder of ours the attributes that AOTAutograd expects of Dynamo's."""
+    node._dynamo_source = None
+    node.meta["tensor_dict"] = {}
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode of a graph's values."""
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    return FakeTensorMode()
+
+
+def fake_mode_of_value(value: Any) -> Any:
+    """The fake mode of the first fake tensor in a nest of arguments."""
+    found: list[FakeTensor] = []
+    fx.node.map_aggregate(value, lambda v: found.append(v) if isinstance(v, FakeTensor) else None)
+    return found[0].fake_mode if found else FakeTensorMode()
+
+
+def is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
+
+
+def static_hint(value: Any) -> int:
+    """A size as a number, without adding a guard: the hint of a symbolic one."""
+    if isinstance(value, torch.SymInt):
+        return int(value.node.hint) if value.node.hint is not None else 0
+    return int(value)
+
+
+def tensor_constants(module: fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
+    """Names and values of the tensors that a traced graph fetches by get_attr."""
+    return [(n.target, getattr(module, n.target)) for n in module.graph.find_nodes(op="get_attr")]
+
+
+def finish_graph(module: fx.GraphModule) -> None:
+    """What every pass ends with: the graph is lint-free and compiled to Python."""
+    module.graph.lint()
+    module.recompile()
+
+
+# --- one body for equal parts ---------------------------------------------------------------------------------------
+
+
+def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int, tuple[str, int]]) -> fx.GraphModule:
+    """Split a flat graph into parts and call equal parts through invoke_subgraph.
+
+    Args:
+        parts: part number of every node that is no placeholder, ascending in the order of the graph.
+        shared: part number -> (identifier, part number whose body is called).
+    """
+    from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+    from torch.fx.passes.split_module import split_module
+
+    split = split_module(module, None, lambda node: parts[node], keep_original_order=True)
+    calls = {int(str(n.target).rsplit("_", 1)[1]): n for n in split.graph.find_nodes(op="call_module")}
+    single = {part: _wrap_single_output(split.get_submodule(str(calls[part].target))) for part in shared}
+    for part, (identifier, body) in shared.items():
+        call = calls[part]
+        with split.graph.inserting_before(call):
+            attribute = split.graph.get_attr(f"submod_{body}")
+            result = split.graph.call_function(invoke_subgraph, (attribute, identifier, *call.args))
+            if single[part]:
+                result = split.graph.call_function(operator.getitem, (result, 0))
+        call.replace_all_uses_with(result)
+        split.graph.erase_node(call)
+    for part, (_, body) in shared.items():
+        if part != body:
+            delattr(split, f"submod_{part}")
+    _copy_placeholders(module, split)
+    for placeholder, old in zip(
+        split.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        placeholder.meta.update(old.meta)
+    return split
+
+
+def _wrap_single_output(body: fx.GraphModule) -> bool:
+    """invoke_subgraph returns a tuple: make a body that returns one value return a tuple of one."""
+    (output,) = body.graph.find_nodes(op="output")
+    if isinstance(output.args[0], (tuple, list)):
+        return False
+    output.args = ((output.args[0],),)
+    body.recompile()
+    return True
+
+
+def _copy_placeholders(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """Keep the module metadata and the identity that Dynamo gave to each placeholder."""
+    new.meta = dict(old.meta)
+    if hasattr(old, "_param_name_to_source"):
+        new._param_name_to_source = dict(old._param_name_to_source)
+    for a, b in zip(old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True):
+        b._dynamo_source = getattr(a, "_dynamo_source", None)
+        b.meta["tensor_dict"] = a.meta.get("tensor_dict", {})
+
+
+# --- compiling ------------------------------------------------------------------------------------------------------
+
+
+def compile_graph(
+    module: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], *, own_context: bool
+) -> Callable[..., Any]:
+    """compile_fx with config patches for this compile alone.
+
+    Args:
+        own_context: the graph does not take part in the compile that Dynamo is doing (a phase compiled at its first
+            call): its shapes are numbers and no guard may reach Dynamo.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    if not own_context:
+        return compile_fx(module, list(inputs), config_patches=patches)
+    module.meta.pop("dynamo_compile_id", None)
+    with (
+        torch._guards.tracing(None),
+        torch._guards.compile_context(None),
+        torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False),
+    ):
+        return compile_fx(module, list(inputs), config_patches=patches)
+
+
+def mode_patches(mode: str | None) -> dict[str, Any]:
+    """Inductor's config patches for one of its modes ("reduce-overhead", "max-autotune", ...)."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode and mode != "default" else {}
+
+
+def known_modes() -> list[str]:
+    """Names of Inductor's modes."""
+    from torch._inductor import list_mode_options
+
+    return list(list_mode_options())
+
+
+def fingerprint_pass(files: Sequence[str], extra: str | None) -> Any:
+    """A CustomGraphPass that does nothing but put the hash of our sources into the keys of Inductor's caches.
+
+    Inductor's caches key on graph text and op names, not on the bodies of our ops and lowerings. A pass that the
+    user has set in the same slot is kept: it runs and its uuid is part of ours. `extra=None` switches caching off.
+    """
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    inner = config.post_grad_custom_pre_pass
+
+    class Fingerprint(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            if inner is not None:
+                inner(graph)
+
+        def uuid(self) -> Any:
+            own = inner.uuid() if isinstance(inner, CustomGraphPass) else None
+            if extra is None or (inner is not None and own is None):
+                return None
+            return (get_hash_for_files(tuple(files)), extra, own)
+
+    return Fingerprint()
+
+
+def structured_tracing() -> bool:
+    """Whether somebody listens to trace_structured (TORCH_TRACE)."""
+    from torch._logging._internal import trace_log
+
+    return bool(trace_log.handlers)
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Send a text to tlparse."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+
+
+def register_backend_once(fn: Callable[..., Any], name: str) -> None:
+    """Register a Dynamo backend unless an installed entry point provides it: both together raise."""
+    from importlib.metadata import entry_points
+
+    if any(e.name == name for e in entry_points(group="torch_dynamo_backends")):
+        return
+    from torch._dynamo.backends.registry import register_backend
+
+    register_backend(fn, name=name)

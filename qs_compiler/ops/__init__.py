@@ -1,0 +1,34 @@
+"""The ops of the `quantsparse` library, one a file: schema, reference, fake, cost. Importing this defines them all."""
+
+from . import (
+    add_residual,
+    block_scores,
+    dequantize,
+    expand_w4,
+    linear,
+    low_rank,
+    quantize_rows,
+    refresh_attention,
+    select_blocks,
+    sparse_attention,
+)
+from .expand_w4 import pack_int4, unpack_int4
+from .library import COSTS, OpCost, OpInputError
+
+__all__ = [
+    "COSTS",
+    "OpCost",
+    "OpInputError",
+    "add_residual",
+    "block_scores",
+    "dequantize",
+    "expand_w4",
+    "linear",
+    "low_rank",
+    "pack_int4",
+    "quantize_rows",
+    "refresh_attention",
+    "select_blocks",
+    "sparse_attention",
+    "unpack_int4",
+]
