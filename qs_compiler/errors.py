@@ -1,4 +1,4 @@
-"""The one exception tree. Whatever a caller can cause is a QuantSparseError; its message says the cause, then the remedy.
+"""The one exception tree. What a caller can cause is a QuantSparseError; the message says the cause, then the remedy.
 
     QuantSparseError
     ├── OptionError (ValueError)     an option of the backend: unknown name, wrong type, out of range, in conflict
@@ -65,6 +65,6 @@ class DeviceError(QuantSparseError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the choice most like `name`, or "" where none is like it."""
+    """The end of a sentence about an unknown name: "; did you mean 'x'?", or "." where no choice is like it."""
     found = difflib.get_close_matches(name, list(choices), n=1)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    return f"; did you mean '{found[0]}'?" if found else "."
