@@ -1,0 +1,50 @@
+"""Inputs for the attention ops, and a plain float64 attention to compare with."""
+
+import torch
+
+GARBAGE_INDEX = 31_999  # what an ignored list entry may hold; fits int16
+BLOCK = 32
+
+
+def block_lists(batch, heads, query_blocks, key_blocks, *, seed=0, least=0, dtype=torch.int32, counts=None):
+    """Random lists, another count for each row, garbage past the count."""
+    rng = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, query_blocks)
+    if counts is None:
+        counts = torch.randint(least, key_blocks + 1, shape, generator=rng)
+    else:
+        counts = torch.full(shape, counts)
+    order = torch.rand((*shape, key_blocks), generator=rng).argsort(-1)
+    listed = torch.arange(key_blocks) < counts[..., None]
+    return counts.int(), torch.where(listed, order, GARBAGE_INDEX).to(dtype)
+
+
+def dense_mask(kv_num_blocks, kv_indices, batch, heads, tokens, keys, block=BLOCK):
+    """The lists as a (B, H, S, T) bool mask, by loops."""
+    mask = torch.zeros(batch, heads, tokens, keys, dtype=torch.bool)
+    for b in range(batch):
+        for h in range(heads):
+            row = (b if kv_num_blocks.shape[0] > 1 else 0, h if kv_num_blocks.shape[1] > 1 else 0)
+            for i in range(kv_num_blocks.shape[2]):
+                for j in kv_indices[row][i][: kv_num_blocks[row][i]].tolist():
+                    mask[b, h, i * block : (i + 1) * block, j * block : (j + 1) * block] = True
+    return mask
+
+
+def attention(q, k, v, mask, scale):
+    """softmax(scale q k^T) v over mask (B, H, S, T) in float64 -> o, lse, weights. Heads of k and v are repeated."""
+    repeat = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(repeat, 1), v.double().repeat_interleave(repeat, 1)
+    scores = (q @ k.mT * scale).masked_fill(~mask, float("-inf"))
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - torch.where(torch.isneginf(lse), 0, lse)[..., None])
+    return weights @ torch.where(mask.any((0, 1, 2))[:, None], v, 0), lse, weights
+
+
+def random_qkv(batch, heads, kv_heads, tokens, keys, depth, dtype, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(batch, heads, tokens, depth, generator=rng).to(dtype),
+        torch.randn(batch, kv_heads, keys, depth, generator=rng).to(dtype),
+        torch.randn(batch, kv_heads, keys, depth, generator=rng).to(dtype),
+    )

@@ -1,0 +1,85 @@
+"""Every op has a cost, costs are formulas, and defining the ops does not load Inductor."""
+
+import subprocess
+import sys
+
+import sympy
+import torch
+
+from qs_compiler.ops import COSTS
+from tests.ops.attention_cases import BLOCK, block_lists, random_qkv
+
+OPS = {
+    "add_residual",
+    "block_scores",
+    "dequantize",
+    "expand_w4",
+    "linear",
+    "low_rank",
+    "quantize_rows",
+    "refresh_attention",
+    "select_blocks",
+    "sparse_attention",
+}
+
+
+def test_every_op_has_a_symbolic_cost():
+    assert set(COSTS) == OPS
+    for name, cost in COSTS.items():
+        assert isinstance(cost.flops, sympy.Expr) and isinstance(cost.bytes, sympy.Expr)
+        assert cost.bytes.free_symbols, name
+
+
+def bytes_of(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def test_bytes_are_those_of_inputs_and_outputs():
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    rotation, smooth, ws = torch.eye(16), torch.ones(64), torch.ones(8)
+    wq = torch.ones(8, 64, dtype=torch.int8)
+    w4, groups = torch.ones(8, 32, dtype=torch.uint8), torch.ones(8, 4, dtype=torch.uint8)
+    q, k, v = random_qkv(1, 2, 1, 64, 96, 16, torch.bfloat16)
+    counts, indices = block_lists(1, 2, 2, 3, counts=3)
+    state = torch.randn(1, 2, 64, 16), torch.zeros(1, 2, 64)
+    o = torch.randn(1, 2, 64, 16)
+    cases = {
+        "quantize_rows": (x, smooth, rotation, "fp8"),
+        "linear": (wq[:5], torch.ones(5), wq, ws, ws, torch.bfloat16),
+        "expand_w4": (w4, groups, torch.int8),
+        "dequantize": (w4, ws, groups, smooth, rotation, "int8", torch.float16),
+        "sparse_attention": (
+            *(q, k, v, None, None, None, counts, indices),
+            *(None, *state, 0.2, BLOCK, torch.float32),
+        ),
+        "refresh_attention": (
+            *(q, k, v, None, None, None, counts, indices, None, state[1]),
+            *("residual", 0.2, BLOCK, torch.bfloat16),
+        ),
+        "block_scores": (q, k, None, 0.2, BLOCK),
+        "select_blocks": (torch.rand(1, 2, 4, 6), torch.zeros(4, 6, dtype=torch.bool), 2),
+        "add_residual": (
+            *(o, o.to(torch.int8), torch.ones(1, 2, 64)),
+            *(torch.randn(1, 2, 64, 4), torch.randn(1, 2, 4, 16), torch.tensor(1.0)),
+        ),
+        "low_rank": (o, 4),
+    }
+    assert set(cases) == OPS
+    for name, args in cases.items():
+        out = getattr(torch.ops.quantsparse, name)(*args)
+        # A single number is not counted.
+        moved = bytes_of(t for t in args if not (isinstance(t, torch.Tensor) and t.dim() == 0))
+        moved += bytes_of(out if isinstance(out, tuple) else (out,))
+        assert COSTS[name].bytes_of(*args) == moved, name
+
+
+def test_costs_of_fake_lists_are_those_of_dense_attention():
+    q, k, v = (x.to("meta") for x in random_qkv(1, 2, 1, 64, 96, 16, torch.bfloat16))
+    counts, indices = (x.to("meta") for x in block_lists(1, 2, 2, 3))
+    args = (q, k, v, None, None, None, counts, indices, None, None, None, 0.2, BLOCK, torch.bfloat16)
+    assert COSTS["sparse_attention"].flops_of(*args) == 4 * 2 * 64 * 96 * 16
+
+
+def test_defining_the_ops_does_not_load_inductor():
+    code = "import sys, qs_compiler.ops; sys.exit(any(m.startswith('torch._inductor') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
