@@ -10,10 +10,8 @@ def block_lists(batch, heads, query_blocks, key_blocks, *, seed=0, least=0, dtyp
     """Random lists, another count for each row, garbage past the count."""
     rng = torch.Generator().manual_seed(seed)
     shape = (batch, heads, query_blocks)
-    if counts is None:
-        counts = torch.randint(least, key_blocks + 1, shape, generator=rng)
-    else:
-        counts = torch.full(shape, counts)
+    drawn = torch.randint(least, key_blocks + 1, shape, generator=rng)
+    counts = drawn if counts is None else torch.full(shape, counts)
     order = torch.rand((*shape, key_blocks), generator=rng).argsort(-1)
     listed = torch.arange(key_blocks) < counts[..., None]
     return counts.int(), torch.where(listed, order, GARBAGE_INDEX).to(dtype)

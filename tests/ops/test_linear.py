@@ -67,7 +67,7 @@ def test_bad_input_is_named():
     xq, xs, wq, ws = operands(4, 8, 32)
     with pytest.raises(OpInputError, match=r"wq has shape \(8, 31\).*\(any, 32\)"):
         linear(xq, xs, wq[:, :31], ws, None, torch.float32)
-    with pytest.raises(OpInputError, match="xq is torch.int8 and wq is torch.float8_e4m3fn"):
+    with pytest.raises(OpInputError, match=r"xq is torch\.int8 and wq is torch\.float8_e4m3fn"):
         linear(xq, xs, wq.to(torch.float8_e4m3fn), ws, None, torch.float32)
     with pytest.raises(OpInputError, match=r"xs has shape \(3,\)"):
         linear(xq, xs[:3], wq, ws, None, torch.float32)

@@ -74,7 +74,7 @@ def test_opcheck():
 
 def test_bad_input_is_named():
     o = torch.randn(1, 3, 9, 16)
-    with pytest.raises(OpInputError, match="residual is torch.int8 without residual_scale"):
+    with pytest.raises(OpInputError, match=r"residual is torch\.int8 without residual_scale"):
         add_residual(o, o.to(torch.int8), None, None, None, None)
     with pytest.raises(OpInputError, match=r"residual has shape \(1, 3, 9, 15\)"):
         add_residual(o, o[..., :15], None, None, None, None)

@@ -187,7 +187,7 @@ def test_bad_input_is_named():
         call(q, k, v, (lists[0].long(), lists[1]))
     with pytest.raises(OpInputError, match="kv_num_blocks has 2 heads, q has 4"):
         call(q, k, v, (lists[0][:, :2], lists[1][:, :2]))
-    with pytest.raises(OpInputError, match="q is torch.int8 without q_scale"):
+    with pytest.raises(OpInputError, match=r"q is torch\.int8 without q_scale"):
         call(q.to(torch.int8), k.to(torch.int8), v, lists, dtype=torch.float32)
     with pytest.raises(OpInputError, match=r"k_scale has shape \(1, 2, 3\).*per token.*per block"):
         scales = torch.ones(1, 4, 64), torch.ones(1, 2, 3), None
