@@ -181,6 +181,15 @@ def fake_mode_of_value(value: Any) -> Any:
     return found[0].fake_mode if found else FakeTensorMode()
 
 
+def from_fake(value: Any, fake_mode: FakeTensorMode) -> Any:
+    """A tensor like `value`, which may be a fake one of another mode, in `fake_mode`."""
+    if not isinstance(value, FakeTensor):
+        return fake_mode.from_tensor(value, static_shapes=True)
+    with fake_mode:
+        size, stride = [int(n) for n in value.shape], [int(n) for n in value.stride()]
+        return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+
+
 def is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
 
@@ -268,6 +277,7 @@ def compile_graph(
     """compile_fx with config patches for this compile alone.
 
     Args:
+        inputs: real tensors; with `own_context` fake ones will do, so that caches need not exist yet.
         own_context: the graph does not take part in the compile that Dynamo is doing (a phase compiled at its first
             call): its shapes are numbers and no guard may reach Dynamo.
     """

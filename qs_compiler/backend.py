@@ -1,0 +1,172 @@
+"""The torch.compile backend "quantsparse": options -> capture -> passes -> compile -> runtime."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import _compat, __version__
+from .capture import Capture, capture_dynamo
+from .dump import GraphDump, Report, new_report
+from .errors import DeviceError, QuantSparseError, UnsupportedError
+from .lowering import collect_fallbacks, register_lowerings, source_files
+from .options import BackendOptions
+from .passes import PassContext, Phase, run_passes
+from .passes.manager import user_passes_fingerprint
+from .runtime.caches import Frame
+from .runtime.graph import CompiledGraph, Variant, raising
+from .runtime.schedule import Schedule
+from .runtime.weights import CallTimeWeights, packs_for_call
+
+log = logging.getLogger("qs_compiler")
+
+DEVICES = ("cpu", "cuda")
+
+
+def quantsparse(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None, **_: Any
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph. Use as `torch.compile(model, backend="quantsparse", options={...})`.
+
+    Args:
+        mode: one of Inductor's modes; `options={"mode": ...}` where options are given too.
+        options: the options of `BackendOptions`.
+
+    Returns:
+        the compiled graph, or a callable that raises a QuantSparseError: an exception raised here would reach the
+        caller as BackendCompilerFailed.
+    """
+    return _compile(module, example_inputs, mode, options, attached=False)
+
+
+def quantsparse_attached(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None, **_: Any
+) -> Callable[..., Any]:
+    """The same backend for a model whose linears own their packed tensors: what is still 16-bit is meant to stay."""
+    return _compile(module, example_inputs, mode, options, attached=True)
+
+
+def _compile(
+    module: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: Any, attached: bool
+) -> Callable[..., Any]:
+    try:
+        parsed = BackendOptions.parse(options, mode)
+        _check(parsed, example_inputs)
+        return GraphCompiler(module, example_inputs, parsed, attached).compile()
+    except QuantSparseError as error:
+        return raising(error)
+
+
+def _check(options: BackendOptions, example_inputs: Sequence[Any]) -> None:
+    if options.recipe.format == "off" and options.recipe.density >= 1:
+        return
+    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise UnsupportedError(
+            f"recipe '{options.recipe}' is for inference and gradients are required here; run the model under "
+            "torch.no_grad() or torch.inference_mode(), or use recipe 'off' for training."
+        )
+    for tensor in tensors:
+        if tensor.device.type not in DEVICES:
+            raise DeviceError(
+                f"an input lies on '{tensor.device}', and this backend compiles for {' and '.join(DEVICES)}; "
+                "move the model there, or compile it with another backend."
+            )
+
+
+class GraphCompiler:
+    """Compiles the phases of one graph."""
+
+    def __init__(
+        self, module: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions, attached: bool
+    ) -> None:
+        self.options, self.example_inputs, self.attached = options, list(example_inputs), attached
+        self.capture = capture_dynamo(module, example_inputs)
+        self.report = new_report(_model_name(module), str(options.recipe))
+        self.dump = GraphDump(options.debug_dir, self.report)
+
+    def compile(self) -> Callable[..., Any]:
+        """Compile the dense phase now; refresh and sparse follow before the first step that needs them."""
+        dense = self._variant(Phase.DENSE, self.capture.copy(), self.example_inputs, own_context=False)
+        self._summarise(dense)
+        recipe = self.options.recipe
+        schedule = Schedule(self.options.interval, self.options.warmup)
+        return CompiledGraph(dense, self.build, self.capture, self.report, schedule, recipe.gain, self.options.strict)
+
+    def build(self, phase: Phase, args: Sequence[Any]) -> Variant:
+        """Compile `phase` for the shapes of `args`."""
+        return self._variant(phase, self.capture.specialise(args), list(args), own_context=True)
+
+    def _variant(self, phase: Phase, capture: Capture, args: list[Any], *, own_context: bool) -> Variant:
+        register_lowerings()
+        context = PassContext(
+            capture, self.options.recipe, self.options, phase, CallTimeWeights(args), attached=self.attached
+        )
+        self.report.passes += run_passes(context, self.dump)
+        examples = [node.meta["val"] for node in context.capture.placeholders[len(capture.inputs) :]]
+        if not own_context:  # Dynamo's compile makes its own fakes, so it wants real tensors: packed weights only
+            packs = packs_for_call([(p.index, p.recipe) for p in context.extra_inputs], args)
+            examples = [p.resolve(args, Frame(packs=packs)) for p in context.extra_inputs]
+        start = time.perf_counter()
+        with collect_fallbacks() as fallbacks:
+            fn = _compat.compile_graph(
+                context.capture.module, [*args, *examples], self._patches(), own_context=own_context
+            )
+        self.report.compile_seconds[phase.value] = round(time.perf_counter() - start, 3)
+        self.report.fallbacks += [f for f in fallbacks if f not in self.report.fallbacks]
+        self.dump.write_report()
+        if fallbacks and self.options.strict:
+            text = "; ".join(f"{op}: {reason}" for op, reason in fallbacks)
+            raise UnsupportedError(f"strict=True, and these ops have no kernel here: {text}.")
+        return Variant(phase, fn, context)
+
+    def _patches(self) -> dict[str, Any]:
+        user = user_passes_fingerprint()
+        key = None if user is None else json.dumps([__version__, self.options.fingerprint(), user])
+        files = sorted({*source_files(), *(str(p) for p in Path(__file__).parent.glob("passes/*.py"))})
+        return {
+            **_compat.mode_patches(self.options.mode),
+            "post_grad_custom_pre_pass": _compat.fingerprint_pass(files, key),
+        }
+
+    def _summarise(self, dense: Variant) -> None:
+        by_name = {p.name: p for p in self.report.passes if p.phase == Phase.DENSE.value}
+        for field, name in (("linears", "quantize_linear"), ("attentions", "sparsify_attention")):
+            found = by_name.get(name)
+            if found is not None:
+                setattr(self.report, field, (found.matched, found.matched + len(found.skipped)))
+        log.info("%s", self.report.line())
+        self.dump.write_report()
+        if self.options.strict and self.options.recipe.format != "off":
+            self._refuse_skips(by_name)
+
+    def _refuse_skips(self, by_name: dict[str, Any]) -> None:
+        """strict=True: what was asked for and cannot be compressed is an error."""
+        wanted = [by_name["quantize_linear"]]
+        if self.options.recipe.density < 1:
+            wanted.append(by_name["sparsify_attention"])
+        skipped = [f"{node}: {reason}" for p in wanted for node, reason in p.skipped]
+        if skipped:
+            raise UnsupportedError(
+                f"strict=True, and {len(skipped)} operations stay uncompressed: {'; '.join(skipped[:5])}"
+                f"{'; ...' if len(skipped) > 5 else ''}. List them in the recipe's `keep`, or leave out strict."
+            )
+
+
+def _model_name(module: fx.GraphModule) -> str:
+    """Stem of the source file that holds the traced forward, such as transformer_wan; Dynamo keeps no class name."""
+    for node in module.graph.nodes:
+        if found := re.search(r'File "([^"]+)", line \d+, in forward', node.meta.get("stack_trace") or ""):
+            return Path(found[1]).stem
+    return "graph"
+
+
+__all__ = ["quantsparse"]

@@ -1,0 +1,158 @@
+"""One IR for everything: a Dynamo graph or an ExportedProgram becomes flat pre-dispatch ATen with named inputs.
+
+Pre-dispatch ATen is what torch.export produces: aten.linear and aten.scaled_dot_product_attention are still whole,
+so one set of matchers serves torch.compile and torch.export.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from . import _compat
+from .errors import CaptureError
+
+aten = torch.ops.aten
+_TOKEN = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
+_CONTAINERS = frozenset({"__dict__", "_modules", "_parameters", "_buffers", "_orig_mod"})
+
+
+class Kind(enum.Enum):
+    """What a graph input is to the model."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    USER = "user"  # activations, timestep, text: what the caller passes
+    SIZE = "size"  # a dynamic size that Dynamo lifted to an int input
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphInput:
+    """One placeholder: its dotted name ("blocks.0.attn1.to_q.weight", "hidden_states") and its kind."""
+
+    name: str
+    kind: Kind
+
+    @property
+    def owned(self) -> bool:
+        """Whether the tensor belongs to a module, so that its identity says which layer is running."""
+        return self.kind in (Kind.PARAMETER, Kind.BUFFER)
+
+
+@dataclasses.dataclass
+class Capture:
+    """A flat pre-dispatch ATen graph; `inputs[i]` describes the i-th placeholder."""
+
+    module: fx.GraphModule
+    inputs: list[GraphInput]
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return self.module.graph.find_nodes(op="placeholder")
+
+    @property
+    def dynamic(self) -> bool:
+        return any(i.kind is Kind.SIZE for i in self.inputs)
+
+    def copy(self) -> Capture:
+        """A copy whose graph may be edited; tensors held by the module are shared, metadata is not."""
+        module = _compat.copy_graph_module(self.module)
+        return Capture(module, list(self.inputs))
+
+    def specialise(self, args: Sequence[Any]) -> Capture:
+        """The same graph for the shapes of `args`: every size is a number afterwards."""
+        if not self.dynamic:
+            return self.copy()
+        return Capture(_compat.retrace_concrete(self.module, args), list(self.inputs))
+
+
+def dotted_path(source: str) -> str:
+    """`L['self'].__dict__['_modules']['blocks'].0.attn1` -> `blocks.0.attn1`; a plain local keeps its own name."""
+    tokens = [next(t for t in m if t) for m in _TOKEN.findall(source)]
+    path = [t for t in tokens if t not in _CONTAINERS]
+    return ".".join(path[1:]) if len(path) > 1 else ".".join(path)
+
+
+def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
+    """Trace Dynamo's torch-level graph to pre-dispatch ATen. Dynamo's own graph is left alone.
+
+    Raises CaptureError if the graph cannot be traced, with the op that stopped it.
+    """
+    nodes = module.graph.find_nodes(op="placeholder")
+    try:
+        traced = _compat.retrace_dynamo(module)
+    except Exception as error:
+        raise CaptureError(
+            f"the graph could not be traced to ATen: {type(error).__name__}: {error}. "
+            "Compile smaller regions (model.compile_repeated_blocks) or file an issue with this message."
+        ) from error
+    remove_identities(traced.graph)
+    inputs = []
+    for node, example in zip(nodes, example_inputs, strict=True):
+        source = _compat.source_name(node)
+        if not isinstance(example, torch.Tensor):
+            kind = Kind.SIZE
+        elif isinstance(example, torch.nn.Parameter):
+            kind = Kind.PARAMETER
+        else:
+            kind = Kind.BUFFER if source and "_buffers[" in source else Kind.USER
+        inputs.append(GraphInput(dotted_path(source) if source else node.name, kind))
+    return Capture(traced, inputs)
+
+
+def capture_exported(program: ExportedProgram) -> Capture:
+    """A copy of an exported program's graph with the same description of its inputs."""
+    kinds = {InputKind.PARAMETER: Kind.PARAMETER, InputKind.BUFFER: Kind.BUFFER, InputKind.CONSTANT_TENSOR: Kind.BUFFER}
+    inputs = [
+        GraphInput(spec.target or spec.arg.name, kinds.get(spec.kind, Kind.USER))
+        for spec in program.graph_signature.input_specs
+    ]
+    module = copy.deepcopy(program.graph_module)
+    remove_identities(module.graph)
+    return Capture(module, inputs)
+
+
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
+
+
+def remove_identities(graph: fx.Graph) -> None:
+    """Drop casts, `contiguous` and dropout that return their own input.
+
+    Such a node takes the place of its input in all later uses, so that one block would read through the casts of the
+    block before and no two blocks had the same graph.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        before, after = node.args[0].meta.get("val"), node.meta.get("val")
+        if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+            continue
+        if node.target in _CASTS:
+            copies = node.kwargs.get("copy") or any(a is True for a in node.args[1:])
+            same = not copies and before.dtype == after.dtype and before.device == after.device
+        elif node.target is aten.contiguous.default:
+            same = not node.kwargs and before.is_contiguous()
+        elif node.target is aten.dropout.default:
+            same = node.args[1] == 0 or not node.args[2]
+        else:
+            same = False
+        if same:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module that a node was traced in, or its own name where none was recorded."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    return dotted_path(_compat.stack_name(next(reversed(stack.values())))) or node.name

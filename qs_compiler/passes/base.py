@@ -1,0 +1,181 @@
+"""What a pass is, what it is given, and what it gives back."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .. import _compat
+
+if TYPE_CHECKING:
+    from ..capture import Capture
+    from ..options import BackendOptions, Recipe
+
+
+class Phase(enum.Enum):
+    """The three compiled forms of one graph.
+
+    DENSE touches no cache; REFRESH is dense and renews the caches; SPARSE uses them.
+    """
+
+    DENSE = "dense"
+    REFRESH = "refresh"
+    SPARSE = "sparse"
+
+
+@dataclasses.dataclass
+class PassResult:
+    """How many nodes a pass rewrote (or found), and which it left alone and why."""
+
+    matched: int = 0
+    skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def skip(self, node: fx.Node | str, reason: str) -> None:
+        """Record that `node` was left as it is."""
+        self.skipped.append((node if isinstance(node, str) else describe(node), reason))
+
+
+@dataclasses.dataclass
+class AttentionSite:
+    """One self-attention of the graph that may run sparse.
+
+    `anchor` is the index of the graph input whose identity says which layer is running: the weight of the linear
+    that feeds q. `ordinal` tells sites with the same anchor apart.
+    """
+
+    index: int
+    name: str
+    anchor: int
+    ordinal: int
+    budget: int
+    kv_blocks: int
+
+
+@dataclasses.dataclass
+class PassContext:
+    """Everything a pass may need beside the graph.
+
+    Attributes:
+        capture: the graph under rewriting and the description of its inputs.
+        recipe: the recipe of this compile; `recipe.for_layer(name)` applies the overrides by name.
+        options: the other options of this compile.
+        phase: which of the three forms is being built.
+        weights: gives quantize_linear the packed form of a parameter.
+        attached: the model owns packed tensors, so a linear over a 16-bit weight is meant to stay.
+        sites: the attentions that may run sparse, filled by sparsify_attention.
+        extra_inputs: providers of the graph inputs that passes appended, in order.
+        packed_from: packed graph input -> position of the parameter that it packs.
+    """
+
+    capture: Capture
+    recipe: Recipe
+    options: BackendOptions
+    phase: Phase
+    weights: Any = None
+    attached: bool = False
+    sites: list[AttentionSite] = dataclasses.field(default_factory=list)
+    extra_inputs: list[Any] = dataclasses.field(default_factory=list)
+    packed_from: dict[fx.Node, int] = dataclasses.field(default_factory=dict)
+
+    def add_input(self, name: str, example: torch.Tensor, provider: Any) -> fx.Node:
+        """Append a graph input that `provider.resolve(args, frame)` supplies at every call.
+
+        The tensor is never bound at compile time: one graph may serve many modules.
+        """
+        graph = self.capture.module.graph
+        last = self.capture.placeholders[-1] if self.capture.placeholders else None
+        with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes))):
+            node = graph.placeholder(name)
+        fake_mode = _compat.fake_mode_of(graph)
+        node.meta["val"] = example if _compat.is_fake(example) else fake_mode.from_tensor(example, static_shapes=True)
+        _compat.mark_extra_placeholder(node)
+        self.extra_inputs.append(provider)
+        return node
+
+    def owner_name(self, node: fx.Node) -> str | None:
+        """Dotted name of the module that owns the weight `node`, without its last part (`blocks.0.attn1.to_q`)."""
+        index = self.input_index(node)
+        if index is None or index >= len(self.capture.inputs):
+            return None
+        return self.capture.inputs[index].name.rpartition(".")[0]
+
+    def input_index(self, node: fx.Node) -> int | None:
+        """Position of a placeholder among the graph's inputs, or None for any other node."""
+        if node.op != "placeholder":
+            return None
+        return self.capture.placeholders.index(node)
+
+
+class GraphPass(abc.ABC):
+    """A named rewrite of one ATen graph.
+
+    The manager dumps the graph before and after, times the pass, lints the graph and wraps what it raises. `run`
+    edits `graph` in place and returns a PassResult.
+
+    Attributes:
+        name: the stem of the file; unique in the registry.
+        after, before: names of passes that this one must follow or precede.
+    """
+
+    name: str
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def run(self, graph: fx.Graph, context: PassContext) -> PassResult:
+        """Rewrite `graph`."""
+
+
+class FunctionPass(GraphPass):
+    """A pass made of a user's function `fn(graph, context)`, which may return a PassResult, a count or None."""
+
+    def __init__(self, fn: Callable[..., Any], name: str, after: tuple[str, ...], before: tuple[str, ...]) -> None:
+        self.fn, self.name, self.after, self.before = fn, name, after, before
+
+    def run(self, graph: fx.Graph, context: PassContext) -> PassResult:
+        result = self.fn(graph, context)
+        if isinstance(result, PassResult):
+            return result
+        return PassResult(matched=result if isinstance(result, int) else 0)
+
+
+def describe(node: fx.Node) -> str:
+    """`linear_3 (blocks.0.attn1.to_q)`: a node as reports and errors name it."""
+    from ..capture import module_path
+
+    path = module_path(node)
+    return node.name if path == node.name else f"{node.name} ({path})"
+
+
+def splice(graph: fx.Graph, before: fx.Node, fn: Callable[..., Any], *args: Any) -> Any:
+    """Trace `fn` on the fake values of `args` and insert the resulting ATen nodes before `before`.
+
+    Args:
+        args: nodes (their `meta["val"]` is traced) or constants.
+
+    Returns:
+        the node, or tuple of nodes, that stand for what `fn` returned.
+    """
+    nodes = [a for a in args if isinstance(a, fx.Node)]
+
+    def call(*values: torch.Tensor) -> Any:
+        rest = iter(values)
+        return fn(*(next(rest) if isinstance(a, fx.Node) else a for a in args))
+
+    traced = _compat.trace_fake(call, [n.meta["val"] for n in nodes])
+    mapping = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    for attribute, value in _compat.tensor_constants(traced):
+        setattr(graph.owning_module, attribute, value)
+    with graph.inserting_before(before):
+        output = graph.graph_copy(traced.graph, mapping)
+    stack = before.meta.get("nn_module_stack")
+    for old, new in mapping.items():
+        if old.op != "placeholder" and stack is not None:
+            new.meta.setdefault("nn_module_stack", stack)
+    return output

@@ -1,0 +1,131 @@
+"""Compute linears in low-bit arithmetic: quantise the rows of x once, multiply packed weights, scale in the epilogue.
+
+Plain form, a 16-bit parameter; the packed tensors become graph inputs that are looked up at every call:
+
+Before:  linear: "bf16[1, 4096, 768]" = torch.ops.aten.linear.default(x, weight, bias)
+After:   xq, xs = torch.ops.quantsparse.quantize_rows.default(x, None, None, "int8")
+         linear = torch.ops.quantsparse.linear.default(xq, xs, weight_wq, weight_ws, bias, torch.bfloat16)
+
+Attached form, a module that owns its packed tensors:
+
+Before:  weight = torch.ops.quantsparse.dequantize.default(wq, ws, multipliers, smooth, rotation, "int8", dtype)
+         linear = torch.ops.aten.linear.default(x, weight, bias)
+After:   xq, xs = torch.ops.quantsparse.quantize_rows.default(x, smooth, rotation, "int8")
+         w8 = torch.ops.quantsparse.expand_w4.default(wq, multipliers, torch.int8)          # int4 only
+         linear = torch.ops.quantsparse.linear.default(xq, xs, w8, ws, bias, dtype)
+
+Linears that read the same x with the same smoothing and rotation share one quantize_rows.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from .. import _compat
+from .base import GraphPass, PassContext, PassResult
+from .outline_repeated_blocks import block_of, repeated_blocks
+
+aten = torch.ops.aten
+SMALL_ROWS = 32  # a 2-D input with fewer rows than this is a batch of embeddings (time, guidance, modulation)
+
+
+class QuantizeLinear(GraphPass):
+    """Swap each linear whose weight has a packed form; leave the rest and say why."""
+
+    name = "quantize_linear"
+    after = ("trim_padding_mask",)
+
+    def run(self, graph: fx.Graph, context: PassContext) -> PassResult:
+        result = PassResult()
+        quantised: dict[tuple[object, ...], tuple[fx.Node, fx.Node]] = {}
+        blocks = repeated_blocks(graph)
+        for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+            x, weight, bias = (*node.args, None)[:3]
+            if _is_dequantize(weight):
+                wq, ws, multipliers, smooth, rotation, activation, _ = weight.args
+                if activation == "none":
+                    result.skip(node, "kept as weight-only storage by the artifact")
+                    continue
+                if few_rows(x):
+                    result.skip(node, "stored low-bit, computed in 16 bit: one row per clip")
+                    continue
+            else:
+                reason = why_not(node, context, blocks)
+                if reason is not None:
+                    result.skip(node, reason)
+                    continue
+                layer = context.owner_name(weight) or node.name
+                packed = context.weights.place(context, weight, context.recipe.for_layer(layer))
+                wq, ws, multipliers, activation = packed
+                smooth = rotation = None
+            key = (x, smooth, rotation, activation)
+            with graph.inserting_before(node):
+                if key not in quantised:
+                    rows = _call(graph, node, torch.ops.quantsparse.quantize_rows.default, *key)
+                    quantised[key] = (
+                        _call(graph, node, operator.getitem, rows, 0),
+                        _call(graph, node, operator.getitem, rows, 1),
+                    )
+                xq, xs = quantised[key]
+                if wq.meta["val"].dtype == torch.uint8:
+                    dtype = xq.meta["val"].dtype
+                    wq = _call(graph, node, torch.ops.quantsparse.expand_w4.default, wq, multipliers, dtype)
+                new = _call(
+                    graph, node, torch.ops.quantsparse.linear.default, xq, xs, wq, ws, bias, node.meta["val"].dtype
+                )
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+            if not weight.users and weight.op == "call_function":
+                graph.erase_node(weight)
+            result.matched += 1
+        return result
+
+
+def why_not(node: fx.Node, context: PassContext, blocks: dict[tuple[str, str], int]) -> str | None:
+    """Why a linear over a 16-bit weight stays as it is, or None."""
+    x, weight = node.args[:2]
+    recipe = context.recipe
+    if recipe.format == "off":
+        return "recipe 'off'"
+    if context.attached:
+        return "kept in 16 bit by the artifact"
+    if weight.op != "placeholder":
+        return "the weight is computed in the graph"
+    index = context.input_index(weight)
+    if not context.capture.inputs[index].owned:
+        return "the weight is not a parameter"
+    if not x.meta["val"].is_floating_point():
+        return f"the input is {x.meta['val'].dtype}"
+    if few_rows(x):
+        return "one row per clip (time, guidance or modulation)"
+    if blocks and block_of(node) not in blocks:
+        return "outside the repeated blocks"
+    layer = context.recipe.for_layer(context.owner_name(weight) or node.name)
+    if layer.format == "off":
+        return "kept in 16 bit by the recipe"
+    if layer.activation_format == "none":
+        return f"'{layer.format}' is storage only; attach() stores it, a plain compile keeps the 16-bit weight"
+    return None
+
+
+def few_rows(x: fx.Node) -> bool:
+    """Whether x (B, K) holds one row a clip instead of tokens."""
+    shape = x.meta["val"].shape
+    return len(shape) == 1 or (len(shape) == 2 and _compat.static_hint(shape[0]) < SMALL_ROWS)
+
+
+def _is_dequantize(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is torch.ops.quantsparse.dequantize.default
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: object, *args: object) -> fx.Node:
+    """Add a call with its fake value; provenance (module stack, stack trace) is that of `like`."""
+    node = graph.call_function(target, args)
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta")}
+    with _compat.fake_mode_of_value(values):
+        node.meta["val"] = target(*values)
+    return node

@@ -1,0 +1,224 @@
+"""Run large self-attentions over a kept set of key blocks; renew that set, and what the correction needs, in refreshes.
+
+Before:          o = torch.ops.aten.scaled_dot_product_attention.default(q, k, v)
+
+After, sparse:   sparse = torch.ops.quantsparse.sparse_attention.default(q, k, v, ..., kv_num_blocks, kv_indices, ...)
+                 o = sparse[0]
+
+After, refresh:  scores = torch.ops.quantsparse.block_scores.default(q, k, kv_len, scale, 128)
+                 kept = torch.ops.quantsparse.select_blocks.default(scores, always_keep, budget)
+                 refresh = torch.ops.quantsparse.refresh_attention.default(q, k, v, ..., kept[0], kept[1], ...)
+                 o = refresh[0]                                   # dense
+                 copy_ = torch.ops.aten.copy_.default(kv_num_blocks, kept[0])
+                 copy__1 = torch.ops.aten.copy_.default(kv_indices, kept[1])
+
+The dense phase is left alone: the pass only finds the sites. The block lists are graph inputs that belong to one
+(video, layer, branch); a mask is chosen before the refresh that uses it and stays until the next one.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+from torch import fx
+
+from .. import _compat
+from ..runtime.inputs import Cached, Scalar
+from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
+from .quantize_linear import _call
+from .trim_padding_mask import attention_mask
+
+aten, qs = torch.ops.aten, torch.ops.quantsparse
+MIN_BLOCKS = 4  # fewer key blocks than this leave nothing to choose
+
+
+class SparsifyAttention(GraphPass):
+    """Rewrite each eligible self-attention for the phase that is being built."""
+
+    name = "sparsify_attention"
+    after = ("quantize_linear",)
+
+    def run(self, graph: fx.Graph, context: PassContext) -> PassResult:
+        result = PassResult()
+        if context.recipe.density >= 1:
+            return result
+        ordinals: dict[int, int] = {}
+        for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+            reason = why_not(node, context)
+            anchor = None if reason else find_anchor(node.args[0], context)
+            if reason is None and anchor is None:
+                reason = "no weight of the graph says which layer this is"
+            if reason is not None:
+                result.skip(node, reason)
+                continue
+            q, k = node.args[0].meta["val"], node.args[1].meta["val"]
+            block = context.recipe.block_size
+            kv_blocks = math.ceil(_compat.static_hint(k.shape[2]) / block)
+            ordinals[anchor] = ordinals.get(anchor, -1) + 1
+            site = AttentionSite(
+                index=len(context.sites),
+                name=node.name,
+                anchor=anchor,
+                ordinal=ordinals[anchor],
+                budget=block_budget(context.recipe.density, kv_blocks),
+                kv_blocks=kv_blocks,
+            )
+            context.sites.append(site)
+            result.matched += 1
+            if context.phase is Phase.DENSE:
+                continue
+            rewrite = self.refresh if context.phase is Phase.REFRESH else self.sparse
+            new = rewrite(graph, node, site, context, math.ceil(q.shape[2] / block))
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+        return result
+
+    def sparse(self, graph: fx.Graph, node: fx.Node, site: AttentionSite, context: PassContext, rows: int) -> fx.Node:
+        """The sparse form of one attention."""
+        q, k, v = node.args[:3]
+        lists = _block_lists(site, context, q, rows)
+        with graph.inserting_before(node):
+            both = _call(
+                graph, node, qs.sparse_attention.default, q, k, v, None, None, None, *lists, node.meta.get("kv_len"),
+                None, None, _scale(node), context.recipe.block_size, node.meta["val"].dtype,
+            )  # fmt: skip
+            both.meta["qs_site"] = site
+            return _call(graph, node, operator.getitem, both, 0)
+
+    def refresh(self, graph: fx.Graph, node: fx.Node, site: AttentionSite, context: PassContext, rows: int) -> fx.Node:
+        """The dense form that renews the block lists."""
+        q, k, v = node.args[:3]
+        recipe, kv_len = context.recipe, node.meta.get("kv_len")
+        lists = _block_lists(site, context, q, rows)
+        scores = splice(graph, node, qs.block_scores.default, q, k, kv_len, _scale(node), recipe.block_size)
+        mass = None
+        if recipe.mask == "mass":
+            shape = (*q.meta["val"].shape[:2], rows, site.kv_blocks)
+            mass = context.add_input(
+                f"block_mass_{site.index}", _fake(q, shape, torch.float32), Cached(site.index, "block_mass")
+            )
+            first = _flag(context, q, "new_video")
+            scores = splice(graph, node, torch.where, first, scores, mass)
+        kept = splice(graph, node, _select, scores, site.budget)
+        if recipe.correction == "second_order":
+            # D and D_prev must belong to one mask, so a video keeps the mask of its first refresh.
+            first = _flag(context, q, "new_video")
+            kept = splice(graph, node, _keep_old, first, *kept, *lists)
+        with graph.inserting_before(node):
+            correction = "complement" if recipe.correction == "complement" else "residual"
+            many = _call(
+                graph, node, qs.refresh_attention.default, q, k, v, None, None, None, *kept, kv_len, None, correction,
+                _scale(node), recipe.block_size, node.meta["val"].dtype,
+            )  # fmt: skip
+            many.meta["qs_site"] = site
+            for cache, new in zip(lists, kept, strict=True):
+                _call(graph, node, aten.copy_.default, cache, new)
+            if mass is not None:
+                _call(graph, node, aten.copy_.default, mass, _call(graph, node, operator.getitem, many, 4))
+            return _call(graph, node, operator.getitem, many, 0)
+
+
+def block_budget(density: float, kv_blocks: int) -> int:
+    """Key blocks kept for each query block: the density's share, at least one."""
+    return max(1, round(density * kv_blocks))
+
+
+def why_not(node: fx.Node, context: PassContext) -> str | None:
+    """Why an attention stays dense in every phase, or None."""
+    q, k = node.args[0].meta["val"], node.args[1].meta["val"]
+    recipe = context.recipe
+    named = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False)), **node.kwargs}
+    if named.get("is_causal"):
+        return "causal attention"
+    if named.get("dropout_p"):
+        return "attention dropout"
+    if attention_mask(node) is not None and "kv_len" not in node.meta:
+        return "an attention mask that is not a prefix"
+    if q.dim() != 4:
+        return f"q has {q.dim()} dimensions, not (batch, heads, tokens, head_dim)"
+    tokens, keys = _compat.static_hint(q.shape[2]), _compat.static_hint(k.shape[2])
+    if tokens != keys:
+        return "cross-attention"
+    blocks = math.ceil(keys / recipe.block_size)
+    if blocks < MIN_BLOCKS:
+        return f"{keys} tokens are fewer than {MIN_BLOCKS} blocks of {recipe.block_size}"
+    if block_budget(recipe.density, blocks) >= blocks:
+        return f"density {recipe.density} keeps all {blocks} blocks"
+    return None
+
+
+def find_anchor(q: fx.Node, context: PassContext) -> int | None:
+    """Index of the graph input that identifies the layer: the weight of the nearest linear upstream of q."""
+    owned = {p: i for i, p in enumerate(context.capture.placeholders[: len(context.capture.inputs)])}
+    owned = {p: i for p, i in owned.items() if context.capture.inputs[i].owned}
+    linears = {aten.linear.default, qs.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
+    frontier, seen = [q], {q}
+    while frontier:
+        node = frontier.pop(0)
+        if node.target in linears:
+            found = _nearest_input(node, owned, context)
+            if found is not None:
+                return found
+        for parent in node.all_input_nodes:
+            if parent not in seen and parent.op != "placeholder":
+                seen.add(parent)
+                frontier.append(parent)
+    return None
+
+
+def _nearest_input(linear: fx.Node, owned: dict[fx.Node, int], context: PassContext) -> int | None:
+    """The owned input behind the weight operand of a linear; a packed weight leads to the parameter that it packs."""
+    for operand in linear.all_input_nodes[1:]:
+        chain = [operand]
+        while chain:
+            node = chain.pop()
+            if node in owned:
+                return owned[node]
+            if (source := context.packed_from.get(node)) is not None:
+                return source
+            if node.op != "placeholder" and node.target not in (qs.quantize_rows.default,):
+                chain.extend(node.all_input_nodes)
+    return None
+
+
+def _block_lists(site: AttentionSite, context: PassContext, q: fx.Node, rows: int) -> tuple[fx.Node, fx.Node]:
+    batch, heads = q.meta["val"].shape[:2]
+    number = _fake(q, (batch, heads, rows), torch.int32)
+    indices = _fake(q, (batch, heads, rows, site.kv_blocks), torch.int32)
+    return (
+        context.add_input(f"kv_num_blocks_{site.index}", number, Cached(site.index, "kv_num_blocks")),
+        context.add_input(f"kv_indices_{site.index}", indices, Cached(site.index, "kv_indices")),
+    )
+
+
+def _flag(context: PassContext, like: fx.Node, name: str) -> fx.Node:
+    """A 0-d input that the runtime sets for every call."""
+    for node in context.capture.placeholders:
+        if node.name == name:
+            return node
+    dtype = torch.bool if name == "new_video" else torch.float32
+    return context.add_input(name, _fake(like, (), dtype), Scalar(name, like.meta["val"].device))
+
+
+def _select(scores: torch.Tensor, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
+    always_keep = torch.eye(scores.shape[-2], scores.shape[-1], dtype=torch.bool, device=scores.device)
+    return qs.select_blocks.default(scores, always_keep, budget)
+
+
+def _keep_old(
+    first: torch.Tensor, number: torch.Tensor, indices: torch.Tensor, old_number: torch.Tensor, old: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.where(first, number, old_number), torch.where(first, indices, old)
+
+
+def _fake(like: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    value = like.meta["val"]
+    with value.fake_mode:
+        return torch.empty(shape, dtype=dtype, device=value.device)
+
+
+def _scale(node: fx.Node) -> float:
+    scale = node.kwargs.get("scale")
+    return float(scale) if scale is not None else node.args[0].meta["val"].shape[-1] ** -0.5

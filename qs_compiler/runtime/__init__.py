@@ -1,0 +1,1 @@
+"""What outlives one forward: the step tracker, the choice of phase, packed weights and residual caches."""

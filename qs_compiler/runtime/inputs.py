@@ -1,0 +1,58 @@
+"""Graph inputs that passes append; each says at every call which tensor belongs there.
+
+A provider never holds a tensor of a model: one compiled graph may serve many modules, so everything is looked up by
+the arguments of the call or by the (video, layer, branch) that is running.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from ..options import Recipe
+    from .caches import Frame
+
+
+class Provider(Protocol):
+    """Supplies one appended graph input."""
+
+    def resolve(self, args: Sequence[Any], frame: Frame) -> torch.Tensor:
+        """The tensor for this call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """One packed tensor ("wq", "ws" or "multipliers") of the parameter at `args[index]`."""
+
+    index: int
+    recipe: Recipe
+    field: str
+
+    def resolve(self, args: Sequence[Any], frame: Frame) -> torch.Tensor:
+        return frame.packs[self.index, self.recipe][self.field]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """One cache tensor of the attention site `site`, for example "kv_indices" or "residual"."""
+
+    site: int
+    slot: str
+
+    def resolve(self, args: Sequence[Any], frame: Frame) -> torch.Tensor:
+        return frame.entries[self.site].tensors[self.slot]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalar:
+    """A 0-d value that the runtime sets for every call: "new_video" (bool) or "gain" (fp32)."""
+
+    name: str
+    device: torch.device
+
+    def resolve(self, args: Sequence[Any], frame: Frame) -> torch.Tensor:
+        return frame.scalar(self.name, self.device)
