@@ -64,6 +64,14 @@ def extern_kernel(op) -> Any:
     return fallback_handler(op, add_to_fallback_set=False)
 
 
+def divide_to_nearest(a: Any, b: Any) -> Any:
+    """IR for a / b, rounded to nearest on CUDA too, where Inductor can say so: Triton's own division is approximate."""
+    from torch._inductor.ops_handler import OpsHandler
+    from torch._inductor.virtualized import ops
+
+    return (ops.div_rn if hasattr(OpsHandler, "div_rn") else ops.truediv)(a, b)
+
+
 def make_template(name: str, grid, source: str) -> Any:
     """A TritonTemplate whose input layouts are frozen (an argument only from torch 2.13 on)."""
     from torch._inductor.select_algorithm import TritonTemplate
