@@ -89,6 +89,16 @@ class PackedLinear(nn.Module):
             f"weight={stored}, activation={self.activation}"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Codes as bytes: plain pickle writes float8 storages that it cannot read back."""
+        buffers = {**self._buffers, "wq": self.wq.view(torch.uint8)}
+        return {**self.__dict__, "_buffers": buffers, "_codes": self.wq.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        codes = state.pop("_codes")
+        super().__setstate__(state)
+        self.wq = self.wq.view(codes)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Move codes and scales as bits: casts touch floats only, and as integers these are none."""
         packed = {id(t): t for name in PACKED if (t := self._buffers[name]) is not None}

@@ -11,7 +11,7 @@ from .errors import UnsupportedError
 from .ops import dequantize  # noqa: F401  (defines the op)
 from .ops.expand_w4 import FP8_MULTIPLIERS, MAX_INT8_MULTIPLIER, pack_int4
 from .ops.formats import TINY_AMAX
-from .ops.quantize_rows import transform
+from .ops.quantize_rows import check, transform
 from .options import Recipe
 
 INT4_MAX = 7
@@ -89,22 +89,22 @@ def pack_weight(
 
     Raises:
         UnsupportedError: the weight cannot be packed so, or is not finite.
+        OpInputError: `smooth` or `rotation` does not fit the weight.
     """
     if (reason := why_not(weight, recipe)) is not None:
         raise UnsupportedError(f"a weight cannot be packed as {recipe.format}: {reason}; name its layer in `keep`.")
     inverse = None if smooth is None else smooth.float().reciprocal()
-    form = recipe.weight_format
-    if form == "int4":
+    check(weight, inverse, rotation, "int8")
+    if recipe.weight_format == "int4":
         rotated = transform(weight, inverse, rotation)
-        codes, ws, multipliers = _quantize_groups(
-            rotated, math.gcd(rotated.shape[1], recipe.group_size), recipe.activation_format == "fp8"
-        )
-        wq = pack_int4(codes)
+        group = math.gcd(rotated.shape[1], recipe.group_size)
+        codes, ws, multipliers = _quantize_groups(rotated, group, recipe.activation_format == "fp8")
     else:
-        wq, ws = torch.ops.quantsparse.quantize_rows(weight, inverse, rotation, form)
+        codes, ws = torch.ops.quantsparse.quantize_rows(weight, inverse, rotation, recipe.weight_format)
         multipliers = None
     if not bool(torch.isfinite(ws).all()):
         raise UnsupportedError("a weight holds inf or NaN, so it has no scale; load a sound checkpoint.")
+    wq = codes if multipliers is None else pack_int4(codes)
     return PackedWeight(wq, ws, multipliers, smooth, rotation, recipe.activation_format)
 
 
