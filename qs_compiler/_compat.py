@@ -72,6 +72,14 @@ def divide_to_nearest(a: Any, b: Any) -> Any:
     return (ops.div_rn if hasattr(OpsHandler, "div_rn") else ops.truediv)(a, b)
 
 
+def static_size(size: Any) -> int:
+    """A size of the graph being lowered as a number; a symbol is specialised to its value."""
+    from torch._inductor.virtualized import V
+
+    sizevars = V.graph.sizevars
+    return int((sizevars.guard_int if hasattr(sizevars, "guard_int") else sizevars.evaluate_static_shape)(size))
+
+
 def make_template(name: str, grid, source: str) -> Any:
     """A TritonTemplate whose input layouts are frozen (an argument only from torch 2.13 on)."""
     from torch._inductor.select_algorithm import TritonTemplate

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .._compat import L, lowerings, register_lowering
+from .._compat import L, lowerings, register_lowering, static_size
 from ..ops.linear import EXACT_DEPTH
 from .decode import f32
 from .device_support import call_reference
@@ -32,7 +32,7 @@ def lower_linear(xq, xs, wq, ws, bias, dtype):
 
 def wide_product(xq, wq):
     """(M, K) times (N, K) transposed -> (M, N) float32; for int8 the exact integer, rounded once."""
-    depth = wq.get_size()[1]
+    depth = static_size(wq.get_size()[1])
     x, w = L.to_dtype(xq, f32), L.to_dtype(wq, f32)
     if xq.get_dtype() != torch.int8 or depth <= EXACT_DEPTH:
         return mm(x, L.permute(w, [1, 0]))

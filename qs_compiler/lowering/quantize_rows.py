@@ -41,4 +41,6 @@ def lower_quantize_rows(x, smooth, rotation, format):
     def pointwise(dtype, inner, ranges):
         return ir.Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=inner, ranges=list(ranges))
 
-    return pointwise(form.dtype, code, x.get_size()), pointwise(f32, scale, peak.get_size())
+    scales = pointwise(f32, scale, peak.get_size())
+    scales.realize()  # one quotient a row, not one for each element that an epilogue scales
+    return pointwise(form.dtype, code, x.get_size()), scales

@@ -45,7 +45,8 @@ def reference(x, smooth, rotation, format):
     form = row_format(NAME, format)
     x = transform(x, smooth, rotation)
     amax = x.abs().amax(-1).clamp(min=TINY_AMAX)
-    return form.encode(x * (form.qmax / amax)[..., None]).contiguous(), amax / form.qmax
+    qmax = amax.new_full((), form.qmax)  # as a tensor: a quotient with a Python number is a product with a reciprocal
+    return form.encode(x * (qmax / amax)[..., None]).contiguous(), amax / qmax
 
 
 def fake(x, smooth, rotation, format):
