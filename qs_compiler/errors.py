@@ -5,11 +5,10 @@
     │   └── RecipeError              the same for a recipe
     ├── ArtifactError                an artifact that is missing, damaged, too new, or made for another model
     ├── CaptureError                 a graph that cannot be brought into our IR
-    ├── PassError                    the registration of a pass: name taken, unknown neighbour, cycle
+    ├── PassError                    a pass that cannot be registered: name taken, unknown neighbour, cycle
     │   └── PassFailed               a pass that failed on a graph, with its name and its dump
     ├── SignalError                  a denoising step signal that contradicts itself
     ├── UnsupportedError             something that cannot be compressed, where `strict` or the call demands it
-    ├── StaleWeightsError            a weight that changed after it was packed
     └── DeviceError                  tensors on a device where they cannot be used, or too little memory there
 
 Dynamo wraps what a backend raises in BackendCompilerFailed; the backend therefore returns a callable that raises, so
@@ -54,10 +53,6 @@ class SignalError(QuantSparseError):
 
 class UnsupportedError(QuantSparseError):
     """Something cannot be compressed, and the caller asked for an error instead of a reported skip."""
-
-
-class StaleWeightsError(QuantSparseError):
-    """A weight changed after it was packed."""
 
 
 class DeviceError(QuantSparseError):

@@ -110,5 +110,4 @@ class PackedLinear(nn.Module):
             moved = fn(bits)
             return (moved if moved.dtype == bits.dtype else bits.to(moved.device)).view(tensor.dtype)
 
-        result: Any = super()._apply(move_bits, recurse)
-        return result
+        return super()._apply(move_bits, recurse)
