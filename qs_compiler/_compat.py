@@ -40,6 +40,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "select_decomp_table": ("torch._inductor.decomposition", "select_decomp_table"),
     "DeviceProperties": ("torch._inductor.runtime.hints", "DeviceProperties"),
     "CudaInterface": ("torch._dynamo.device_interface", "CudaInterface"),
+    "has_triton_tma_device": ("torch.utils._triton", "has_triton_tma_device"),
     "fake_tensor": ("torch._subclasses.fake_tensor", None),
 }
 
@@ -80,6 +81,15 @@ def static_size(size: Any) -> int:
     return int((sizevars.guard_int if hasattr(sizevars, "guard_int") else sizevars.evaluate_static_shape)(size))
 
 
+def size_hint(size: Any, fallback: int = 8192) -> int:
+    """What a size of the graph being lowered probably is; nothing is specialised."""
+    from torch._inductor.virtualized import V
+
+    sizevars = V.graph.sizevars
+    hint = sizevars.optimization_hint if hasattr(sizevars, "optimization_hint") else sizevars.size_hint
+    return int(hint(size, fallback=fallback))
+
+
 def make_template(name: str, grid, source: str) -> Any:
     """A TritonTemplate whose input layouts are frozen (an argument only from torch 2.13 on)."""
     from torch._inductor.select_algorithm import TritonTemplate
@@ -116,11 +126,19 @@ def retrace_dynamo(module: fx.GraphModule) -> fx.GraphModule:
     placeholders = module.graph.find_nodes(op="placeholder")
     values = [p.meta["example_value"] for p in placeholders]
     fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+    source = copy_graph_module(module)
+    for node in source.graph.find_nodes(op="call_function", target=torch._C._autograd._get_data_attr):
+        # x.data escapes the tracer, which would bake a fake tensor into the graph; detach() is traced.
+        node.target = torch.ops.aten.detach.default
+    source.recompile()
     # tracing(None): with a tracing context invoke_subgraph bodies would keep their pre-dispatch form and
     # compile_fx would refuse them.
     with torch._guards.tracing(None), _trace_modes(fake_mode):
-        traced = make_fx(fx.Interpreter(module).run, pre_dispatch=True)(*values)
+        traced = make_fx(fx.Interpreter(source).run, pre_dispatch=True)(*values)
     _copy_placeholders(module, traced)
+    baked = [name for name, value in tensor_constants(traced) if isinstance(value, FakeTensor)]
+    if baked:
+        raise TypeError(f"a value of the graph escaped the tracer and became the constant {baked[0]}")
     return traced
 
 
@@ -219,7 +237,8 @@ def static_hint(value: Any) -> int:
 
 def tensor_constants(module: fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
     """Names and values of the tensors that a traced graph fetches by get_attr."""
-    return [(n.target, getattr(module, n.target)) for n in module.graph.find_nodes(op="get_attr")]
+    found = [(n.target, getattr(module, n.target)) for n in module.graph.find_nodes(op="get_attr")]
+    return [(name, value) for name, value in found if isinstance(value, torch.Tensor)]
 
 
 def finish_graph(module: fx.GraphModule) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import _compat, __version__
+from . import _compat
+from .artifact import package_versions
 from .capture import Capture, capture_dynamo
 from .dump import GraphDump, Report, new_report
 from .errors import DeviceError, QuantSparseError, UnsupportedError
@@ -130,7 +131,7 @@ class GraphCompiler:
 
     def _patches(self) -> dict[str, Any]:
         user = user_passes_fingerprint()
-        key = None if user is None else json.dumps([__version__, self.options.fingerprint(), user])
+        key = None if user is None else json.dumps([package_versions(), self.options.fingerprint(), user])
         files = sorted({*source_files(), *(str(p) for p in Path(__file__).parent.glob("passes/*.py"))})
         return {
             **_compat.mode_patches(self.options.mode),

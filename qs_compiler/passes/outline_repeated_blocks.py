@@ -62,16 +62,18 @@ def block_of(node: fx.Node) -> tuple[str, str] | None:
 
 
 def repeated_blocks(graph: fx.Graph) -> dict[tuple[str, str], int]:
-    """Blocks of which the graph holds at least two of one class in one list, numbered in order of appearance."""
+    """Blocks of the outermost lists of which the graph holds at least two of one class, in order of appearance."""
     seen: dict[tuple[str, str], None] = {}
     for node in graph.nodes:
         if node.op == "call_function" and (block := block_of(node)) is not None:
             seen.setdefault(block)
-    families: dict[tuple[str, str], int] = {}
-    for path, cls in seen:
-        family = (path.rpartition(".")[0], cls)
-        families[family] = families.get(family, 0) + 1
-    repeated = [b for b in seen if families[b[0].rpartition(".")[0], b[1]] > 1]
+    families = [(path.rpartition(".")[0], cls) for path, cls in seen]
+    depth = min((path.count(".") for path, cls in families if families.count((path, cls)) > 1), default=0)
+    repeated = [
+        block
+        for block, family in zip(seen, families, strict=True)
+        if families.count(family) > 1 and family[0].count(".") == depth
+    ]
     return {block: number for number, block in enumerate(repeated)}
 
 

@@ -19,7 +19,7 @@ from .caches import CacheEntry, Frame, tensor_version
 from .implicit import ImplicitSignal
 from .inputs import Cached, Packed, Provider
 from .schedule import Schedule
-from .tracker import Signal, is_tracked, signal_of
+from .tracker import Signal, is_announced, signal_of
 from .weights import packs_for_call
 
 log = logging.getLogger("qs_compiler.runtime")
@@ -100,7 +100,7 @@ class CompiledGraph:
     def _signal(self, args: Sequence[Any]) -> Signal | None:
         anchor = args[self.dense.sites[0].anchor]
         signal = signal_of(anchor)
-        if signal is None and not is_tracked(anchor):
+        if signal is None and not is_announced(anchor):
             self._warn()
             signal = self._implicit.signal(args, anchor)
         return signal

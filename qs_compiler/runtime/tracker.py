@@ -61,11 +61,16 @@ class Signal:
 
 
 class ModelTracker:
-    """The current signal of a model; experts that share one denoising run share one tracker. One signal a thread."""
+    """The current signal of a model; experts that share one denoising run share one tracker. One signal a thread.
+
+    Attributes:
+        heard: whether a signal was ever given.
+    """
 
     def __init__(self) -> None:
         self._local = threading.local()
         self._epoch = 0
+        self.heard = False
 
     @property
     def signal(self) -> Signal | None:
@@ -77,6 +82,7 @@ class ModelTracker:
         """Announce the forward that comes next in this thread."""
         self._local.current = (signal, self._epoch)
         if signal is not None:
+            self.heard = True
             signal.video.begin_call()
 
     def invalidate(self) -> None:
@@ -111,9 +117,9 @@ def signal_of(tensor: torch.Tensor) -> Signal | None:
     return found[0] if len(found) == 1 else None
 
 
-def is_tracked(tensor: torch.Tensor) -> bool:
-    """Whether a model that owns `tensor` has been attached or used with `denoising`."""
-    return any(ref() is not None for ref in _OWNERS.get(tensor, ()))
+def is_announced(tensor: torch.Tensor) -> bool:
+    """Whether somebody announces the steps of a model that owns `tensor`; then nothing is guessed."""
+    return any((t := ref()) is not None and t.heard for ref in _OWNERS.get(tensor, ()))
 
 
 class DenoisingRun:

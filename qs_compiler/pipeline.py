@@ -1,0 +1,169 @@
+"""Attach a compressed form to a model or a diffusers pipeline."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .artifact import PLAN, Artifact
+from .backend import quantsparse_attached
+from .errors import ArtifactError, UnsupportedError
+from .options import BackendOptions, Recipe
+from .packed_linear import PackedLinear
+from .packing import why_not
+from .runtime.tracker import modules_of, track
+
+EXPERTS = ("transformer", "transformer_2")
+
+
+def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options: Any) -> Any:
+    """Compress the transformers of a pipeline, or a module, in place.
+
+    Every compressed Linear becomes a PackedLinear, which frees its 16-bit weight; the model is compiled with this
+    backend; and the pipeline's denoising steps are announced, so that a recipe with a density runs sparse.
+    Everything is checked before anything is changed.
+
+    Args:
+        target: a diffusers pipeline, or a module.
+        artifact: an Artifact or its path; for a pipeline with two experts a dict {"transformer": ...,
+            "transformer_2": ...} or a folder with those names. None: weights are rounded without data, by `recipe`.
+        compile: False leaves the model uncompiled (it computes with dequantised weights, and never sparse).
+        options: of the backend: recipe, interval, warmup, strict, debug_dir, mode, memory_budget.
+
+    Returns:
+        `target`.
+
+    Raises:
+        ArtifactError: the artifact is damaged or belongs to another model.
+        OptionError: an unknown option, or one in conflict with the artifact.
+        UnsupportedError: the model is attached already, is no module, or holds nothing to compress.
+    """
+    modules = dict(zip(EXPERTS, modules_of(target), strict=False))
+    artifacts = _artifacts(artifact, modules)
+    parsed, replacements = {}, {}
+    for name, module in modules.items():
+        if any(isinstance(m, PackedLinear) for m in module.modules()):
+            raise UnsupportedError(f"this {type(module).__name__} is attached already; load the 16-bit model again.")
+        own = artifacts.get(name)
+        parsed[name] = BackendOptions.parse(options, artifact=own)
+        if own is not None:
+            own.check_model(module)
+            replacements[name] = own.layers
+        else:
+            replacements[name] = plan_layers(module, parsed[name].recipe)
+            if not replacements[name] and parsed[name].recipe.weight_format is not None:
+                raise UnsupportedError(
+                    f"this {type(module).__name__} has no repeated blocks with linears that can be packed."
+                )
+    for name, module in modules.items():
+        replace_linears(module, replacements[name])
+        if compile:
+            module.compile(backend=quantsparse_attached, options=_compile_options(parsed[name]))
+    _announce_steps(target, list(modules.values()), parsed)
+    return target
+
+
+def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
+    """Linears that `recipe` compresses -> the recipe of each: those of the repeated blocks, or all if none repeat."""
+    keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    lists = repeated_lists(model)
+    planned = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is not nn.Linear or (lists and not name.startswith(lists)):
+            continue
+        if any(part in name.split(".") for part in keep_fp32):
+            continue
+        own = recipe.for_layer(name)
+        if own.format != "off" and why_not(module.weight, own) is None:
+            planned[name] = own
+    return planned
+
+
+def repeated_lists(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes ("blocks.") of the outermost ModuleLists that hold several modules of one class."""
+    found = [
+        f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _repeats(m) and name
+    ]
+    depth = min((name.count(".") for name in found), default=0)
+    return tuple(name for name in found if name.count(".") == depth)
+
+
+def _repeats(modules: nn.ModuleList) -> bool:
+    classes = [type(m) for m in modules]
+    return any(classes.count(c) > 1 for c in classes)
+
+
+def replace_linears(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Put a PackedLinear in the place of each named Linear; a Linear used under two names stays one module.
+
+    Args:
+        layers: name -> its PackedWeight, or the Recipe by which to round its weight.
+    """
+    made: dict[int, PackedLinear] = {}
+    for name, packed in layers.items():
+        linear = model.get_submodule(name)
+        if id(linear) not in made:
+            if isinstance(packed, Recipe):
+                new = PackedLinear.from_linear(linear, packed)
+            else:
+                new = PackedLinear(packed, linear.bias, linear.weight.dtype).train(linear.training)
+                new = new.to(linear.weight.device)
+            made[id(linear)] = new
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made[id(linear)])
+
+
+def _artifacts(artifact: Any, modules: Mapping[str, nn.Module]) -> dict[str, Artifact]:
+    if artifact is None:
+        return {}
+    if isinstance(artifact, (str, os.PathLike)):
+        path = Path(artifact)
+        if not (path / PLAN).is_file() and any((path / name / PLAN).is_file() for name in EXPERTS):
+            artifact = {name: path / name for name in EXPERTS if (path / name).exists()}
+    if not isinstance(artifact, Mapping):
+        artifact = {next(iter(modules)): artifact}
+    if missing := sorted(set(modules) - set(artifact)):
+        raise ArtifactError(
+            f"the pipeline has {len(modules)} experts and no artifact for {', '.join(missing)}; pass a dict with "
+            f"{' and '.join(modules)}, each calibrated on its own expert."
+        )
+    if extra := sorted(set(artifact) - set(modules)):
+        raise ArtifactError(f"there is an artifact for {', '.join(extra)}, which the pipeline has not.")
+    return {n: a if isinstance(a, Artifact) else Artifact.load(a) for n, a in artifact.items()}
+
+
+def _compile_options(options: BackendOptions) -> dict[str, Any]:
+    """The options that the compiled model needs: resolved, so that they equal for experts of one recipe."""
+    given = {
+        "recipe": options.recipe,
+        "memory_budget": options.memory_budget,
+        "strict": options.strict or None,
+        "debug_dir": options.debug_dir,
+        "mode": options.mode,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _announce_steps(target: Any, modules: list[nn.Module], options: Mapping[str, BackendOptions]) -> None:
+    tracker = track(*modules)
+    try:
+        from .step_hook import PipelineSignal, listen, watch_scheduler
+    except ImportError:  # diffusers is not installed: a model of one's own, announced by `denoising`
+        return
+    signal = PipelineSignal(tracker)
+    heard = [listen(m, signal) for m in modules]
+    scheduler = getattr(target, "scheduler", None)
+    if scheduler is not None and not isinstance(target, nn.Module):
+        watch_scheduler(scheduler, signal)
+        if not all(heard) and any(o.recipe.density < 1 for o in options.values()):
+            warnings.warn(
+                f"{type(target).__name__} does not announce its denoising steps, so attention runs dense unless the "
+                "steps can be told from the model's inputs; use `qs_compiler.denoising` in a loop of your own.",
+                stacklevel=3,
+            )
+
