@@ -7,16 +7,34 @@ import torch
 from .._compat import extern_kernel
 from .fallbacks import record
 
-FP8_CAPABILITY = (8, 9)  # the first with e4m3 conversions
+TEMPLATE_CAPABILITY = (8, 0)  # bfloat16 and int8 tensor cores, asynchronous copies
+FP8_CAPABILITY = (8, 9)  # the first with e4m3
 
 
 def why_no_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why kernels for `device` cannot hold `dtype`, or None."""
     if device.type == "cuda" and dtype == torch.float8_e4m3fn:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < FP8_CAPABILITY:
-            return f"float8_e4m3fn needs compute capability 8.9, this device has {capability[0]}.{capability[1]}"
+        return _why_too_old("float8_e4m3fn", device, FP8_CAPABILITY)
     return None
+
+
+def why_no_template(device: torch.device) -> str | None:
+    """Why the Triton templates cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return f"there is no kernel for {device.type}"
+    return _why_too_old("the Triton template", device, TEMPLATE_CAPABILITY)
+
+
+def _why_too_old(what: str, device: torch.device, wanted: tuple[int, int]) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= wanted:
+        return None
+    return f"{what} needs compute capability {'.'.join(map(str, wanted))}, this device has {capability[0]}.{capability[1]}"
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def call_reference(op, reason: str, *args):

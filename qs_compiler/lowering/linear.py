@@ -2,6 +2,7 @@
 
 CPU: float32 products over slices of the depth, each exact for int8 (ops/linear.py says why), as library calls; their
 sum as int32 and everything after it is Inductor IR and fuses. The weight is widened to float32 at every call.
+CUDA: a persistent Triton template; scales and bias inside, what follows is fused by Inductor.
 """
 
 from __future__ import annotations
@@ -10,28 +11,51 @@ import math
 
 import torch
 
-from .._compat import L, lowerings, register_lowering, static_size
+from .._compat import (
+    L,
+    can_use_tma,
+    cpp_wrapper_active,
+    get_num_sms,
+    ir,
+    lowerings,
+    make_template,
+    persistent_mm_grid,
+    register_lowering,
+    select_template,
+    size_hint,
+    static_size,
+)
 from ..ops.linear import EXACT_DEPTH
 from .decode import f32
-from .device_support import call_reference
+from .device_support import call_reference, why_no_dtype, why_no_template
+from .template_source import read_template, triton_dtype
 
 OP = torch.ops.quantsparse.linear.default
-mm = lowerings[torch.ops.aten.mm.default]
+TEMPLATE = make_template("quantsparse_linear", persistent_mm_grid, read_template("linear"))
+
+
+def why_not(xq) -> str | None:
+    """Why the template cannot run, or None."""
+    return why_no_template(xq.get_device()) or why_no_dtype(xq.get_device(), xq.get_dtype())
 
 
 @register_lowering(OP, type_promotion_kind=None)
 def lower_linear(xq, xs, wq, ws, bias, dtype):
-    if xq.get_device().type != "cpu":
-        return call_reference(OP, "it has no CUDA kernel yet", xq, xs, wq, ws, bias, dtype)
     *lead, depth = xq.get_size()
-    columns = wq.get_size()[0]
-    product = L.view(wide_product(L.view(xq, [math.prod(lead), depth]), wq), [*lead, columns])
-    y = L.mul(L.mul(product, L.unsqueeze(xs, -1)), ws)
-    return L.to_dtype(y if bias is None else L.add(y, L.to_dtype(bias, f32)), dtype)
+    size = [*lead, wq.get_size()[0]]
+    if xq.get_device().type == "cpu":
+        product = L.view(wide_product(L.view(xq, [math.prod(lead), depth]), wq), size)
+        y = L.mul(L.mul(product, L.unsqueeze(xs, -1)), ws)
+        return L.to_dtype(y if bias is None else L.add(y, L.to_dtype(bias, f32)), dtype)
+    if (reason := why_not(xq)) is not None:
+        return call_reference(OP, reason, xq, xs, wq, ws, bias, dtype)
+    rows = math.prod(lead)
+    return L.view(template_product(L.view(xq, [rows, depth]), L.view(xs, [rows]), wq, ws, bias, dtype), size)
 
 
 def wide_product(xq, wq):
     """(M, K) times (N, K) transposed -> (M, N) float32; for int8 the exact integer, rounded once."""
+    mm = lowerings[torch.ops.aten.mm.default]
     depth = static_size(wq.get_size()[1])
     x, w = L.to_dtype(xq, f32), L.to_dtype(wq, f32)
     if xq.get_dtype() != torch.int8 or depth <= EXACT_DEPTH:
@@ -44,3 +68,48 @@ def wide_product(xq, wq):
         part = L.to_dtype(part, torch.int32)
         total = part if total is None else L.add(total, part)
     return L.to_dtype(total, f32)
+
+
+def template_product(xq, xs, wq, ws, bias, dtype):
+    """(M, K), (M,), (N, K), (N,), (N,) or None -> (M, N) in `dtype`."""
+    nodes = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x)) for x in (xq, xs, wq, ws)]
+    if bias is not None:
+        nodes.append(ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(bias)))
+    rows, columns = xq.get_size()[0], wq.get_size()[0]
+    # A descriptor made on the device needs memory that generated C++ does not give it in every version.
+    tma = can_use_tma(nodes[0], nodes[2]) and not cpp_wrapper_active()
+    return select_template(
+        "quantsparse_linear",
+        TEMPLATE,
+        [tile_config(size_hint(rows), tma)],
+        nodes,
+        ir.FixedLayout(xq.get_device(), dtype, [rows, columns]),
+        NUM_SMS=get_num_sms(),
+        INT8=xq.get_dtype() == torch.int8,
+        HAS_BIAS=bias is not None,
+        OUT=triton_dtype(dtype),
+        TMA=tma,
+    )
+
+
+def tile_config(rows: int, tma: bool) -> dict:
+    """Tile sizes for `rows` rows: one choice, since every choice would be benchmarked."""
+    if rows <= 64:
+        return tile(64, 128, 128, stages=3, warps=4, flatten=False)
+    if tma:
+        return tile(128, 256 if rows > 1024 else 128, 128, stages=3, warps=8, flatten=True)
+    return tile(128, 128, 64, stages=3, warps=8, flatten=False)
+
+
+def tile(m: int, n: int, k: int, *, stages: int, warps: int, flatten: bool) -> dict:
+    """The template's arguments for one tile size."""
+    return {
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "GROUP_M": 8,
+        "STAGES": stages,
+        "num_stages": stages,
+        "num_warps": warps,
+        "FLATTEN": flatten,
+    }

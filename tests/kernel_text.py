@@ -1,0 +1,63 @@
+"""Take generated Triton kernels out of Inductor's source text, import them, compile them for a target without it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import uuid
+from pathlib import Path
+
+
+def kernel_sources(code: str) -> dict[str, str]:
+    """The generated Triton kernels of a source text by name, in order."""
+    return dict(re.findall(r"async_compile\.triton\('(\w+)', '''\n(.*?)''', device_str", code, re.DOTALL))
+
+
+def definition(source: str) -> str:
+    """The @triton.jit function of a kernel's source."""
+    return source[source.index("@triton.jit") :]
+
+
+def constexpr_parameters(source: str) -> list[str]:
+    """Block sizes that the launch of a kernel must give."""
+    head = re.search(r"def \w+\((.*?)\):\n", definition(source), re.DOTALL).group(1)
+    return re.findall(r"(\w+) ?: tl\.constexpr", head)
+
+
+def import_kernel(source: str, folder: Path):
+    """The @triton.jit function of a kernel's source, from a fresh module."""
+    lines = [
+        "import triton",
+        "import triton.language as tl",
+        "from torch._inductor.runtime import triton_helpers",
+        "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math",
+        *re.findall(r"^from qs_compiler.*$", source, re.MULTILINE),
+        definition(source),
+    ]
+    path = folder / f"kernel_{uuid.uuid4().hex}.py"
+    path.write_text("\n".join(lines))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, re.search(r"def (\w+)\(", definition(source)).group(1))
+
+
+def compile_offline(source: str, folder: Path, capability: int):
+    """Compile a kernel for a compute capability (80, 89, 90). Returns PTX and the bytes of shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = re.search(r"'signature': \{(.*?)\}", source).group(1)
+    signature = dict(re.findall(r"'(\w+)': '([^']+)'", types))
+    blocks = {name: {"XBLOCK": 1}.get(name, 128) for name in constexpr_parameters(source)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    options = {
+        name: int(value) for name, value in re.findall(r"^\s*(num_warps|num_stages)=(\d+)", source, re.MULTILINE)
+    }
+    compiled = triton.compile(
+        ASTSource(import_kernel(source, folder), signature, blocks, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
+    return compiled.asm["ptx"], compiled.metadata.shared

@@ -1,0 +1,118 @@
+"""Run generated CUDA code on CPU tensors: Triton kernels in Triton's interpreter, everything else eagerly.
+
+Triton decides between compiler and interpreter when it is imported, so `interpret` starts a new process, which runs
+this file. The numbers are those of the generated text itself: kernels, epilogues, layouts and the order of the calls.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.kernel_text import constexpr_parameters, import_kernel
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def interpret(cases, folder: Path) -> list:
+    """Results of [(generated code, CPU arguments)], each a list of tensors."""
+    torch.save(cases, folder / "cases.pt")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.lowering.interpret", str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return torch.load(folder / "results.pt")
+
+
+class Libdevice:
+    """What the interpreter lacks of CUDA's libdevice."""
+
+    @staticmethod
+    def nearbyint(x):
+        shift = 1.5 * 2**23  # float32 has no fraction bits left from here on, so the sum rounds to nearest even
+        return (x + shift) - shift
+
+    @staticmethod
+    def tanh(x):
+        import triton.language as tl
+
+        return 2 * tl.sigmoid(2 * x) - 1
+
+
+class Helpers:
+    """Inductor's helper functions; its own maximum over an axis would be interpreted element by element."""
+
+    def __getattr__(self, name):
+        from torch._inductor.runtime import triton_helpers
+
+        return getattr(triton_helpers, name)
+
+    @staticmethod
+    def max2(x, axis):
+        import triton.language as tl
+
+        return tl.max(x, axis)
+
+
+class Kernel:
+    """Stands for a compiled kernel of the generated code."""
+
+    def __init__(self, source: str, folder: Path):
+        self.function = import_kernel(source, folder)
+        self.function.fn.__globals__.update(libdevice=Libdevice, triton_helpers=Helpers())
+        self.blocks = constexpr_parameters(source)
+        self.fixed_grid = "'grid_type': 'FixedGrid'" in source
+
+    def run(self, *args, stream):
+        names = [n for n in self.function.arg_names if n not in self.blocks]
+        sizes = dict(zip(names, args, strict=False))
+        sizes = {"XBLOCK": sizes.get("xnumel", 1), "YBLOCK": sizes.get("ynumel", 1)}
+        blocks = {name: {"XBLOCK": 64, "YBLOCK": 16}.get(name, 128) for name in self.blocks}
+        grid = args[len(names) :] if self.fixed_grid else [-(-sizes[b] // blocks.get(b, 1)) for b in ("XBLOCK", "YBLOCK")]
+        self.function[tuple(grid)](*args[: len(names)], **blocks)
+
+
+class Kernels:
+    """Stands for AsyncCompile in the generated code."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def triton(self, name, source, **_):
+        return Kernel(source, self.folder)
+
+    def wait(self, _):
+        pass
+
+
+def run_on_cpu(code: str, args: list, folder: Path) -> list:
+    """Execute one generated source text with CPU tensors."""
+    for pattern, replacement in (
+        (r"from torch._C import _cuda_getCurrentRawStream as get_raw_stream", "get_raw_stream = int"),
+        (r"guards\._empty_strided_cuda\b", "guards._empty_strided_cpu"),
+        (r"async_compile = AsyncCompile\(\)", "async_compile = KERNELS"),
+        (r"with torch\.cuda\._DeviceGuard\(\d+\):", "if True:"),
+        (r"torch\.cuda\.set_device\(\d+\)", "pass"),
+    ):
+        code = re.sub(pattern, replacement, code)
+    scope = {"KERNELS": Kernels(folder), "__name__": "generated"}
+    exec(compile(code, "generated", "exec"), scope)
+    return list(scope["call"]([a for a in args if isinstance(a, torch.Tensor)]))
+
+
+def main(folder: Path) -> None:
+    import qs_compiler.ops  # noqa: F401  (ops that the generated code calls)
+    from tests.lowering import interpreter_fixes
+
+    interpreter_fixes.apply()
+    cases = torch.load(folder / "cases.pt")
+    torch.save([run_on_cpu(code, args, folder) for code, args in cases], folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
