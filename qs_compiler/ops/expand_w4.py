@@ -24,6 +24,11 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
     require(values.shape[-1] % 2 == 0, "pack_int4", f"K is {values.shape[-1]}", "K must be even.")
     least, most = (int(v) for v in torch.aminmax(values)) if values.numel() else (0, 0)
     require(least >= -7 and most <= 7, "pack_int4", f"values span {least}..{most}", "Symmetric int4 holds -7..7.")
+    return join_nibbles(values)
+
+
+def join_nibbles(values: torch.Tensor) -> torch.Tensor:
+    """The packing of `pack_int4` without its checks, which read values: for use in a traced graph."""
     nibbles = values.view(torch.uint8) & 15
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 

@@ -84,10 +84,12 @@ class PassContext:
     packed_from: dict[fx.Node, int] = dataclasses.field(default_factory=dict)
 
     def add_input(self, name: str, example: torch.Tensor, provider: Any) -> fx.Node:
-        """Append a graph input that `provider.resolve(args, frame)` supplies at every call.
+        """A graph input that `provider.resolve(args, frame)` supplies at every call; one for equal providers.
 
         The tensor is never bound at compile time: one graph may serve many modules.
         """
+        if provider in self.extra_inputs:
+            return self.capture.placeholders[len(self.capture.inputs) + self.extra_inputs.index(provider)]
         graph = self.capture.module.graph
         last = self.capture.placeholders[-1] if self.capture.placeholders else None
         with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes))):

@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from ..ops.expand_w4 import pack_int4, unpack_int4
+from ..ops.expand_w4 import join_nibbles, unpack_int4
 from ..runtime.inputs import Cached
 from .base import GraphPass, PassContext, PassResult, Phase, splice
 from .quantize_linear import _call
@@ -133,7 +133,7 @@ def store(cache_format: str) -> Callable[[torch.Tensor], torch.Tensor | tuple[to
         if cache_format == "bf16":
             return x.to(torch.bfloat16)
         values, scale = qs.quantize_rows.default(x, None, None, cache_format)
-        return (pack_int4(values) if cache_format == "int4" else values), scale
+        return (join_nibbles(values) if cache_format == "int4" else values), scale
 
     return to_cache
 

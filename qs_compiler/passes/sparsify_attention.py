@@ -195,9 +195,6 @@ def _block_lists(site: AttentionSite, context: PassContext, q: fx.Node, rows: in
 
 def _flag(context: PassContext, like: fx.Node, name: str) -> fx.Node:
     """A 0-d input that the runtime sets for every call."""
-    for node in context.capture.placeholders:
-        if node.name == name:
-            return node
     dtype = torch.bool if name == "new_video" else torch.float32
     return context.add_input(name, _fake(like, (), dtype), Scalar(name, like.meta["val"].device))
 
