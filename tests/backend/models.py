@@ -33,7 +33,7 @@ class Block(nn.Module):
 class TinyDiT(nn.Module):
     """Takes (hidden_states (B, S, C), timestep (B,), encoder_hidden_states (B, T, C)) and returns (B, S, C)."""
 
-    def __init__(self, blocks: int = 3, width: int = WIDTH, graph_break: bool = False) -> None:
+    def __init__(self, blocks: int = 2, width: int = WIDTH, graph_break: bool = False) -> None:
         super().__init__()
         self.embed = nn.Linear(1, width)
         self.proj_in, self.proj_out = nn.Linear(width, width), nn.Linear(width, width)
