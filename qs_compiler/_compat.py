@@ -32,6 +32,9 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "can_use_tma": ("torch._inductor.utils", "can_use_tma"),
     "get_num_sms": ("torch._inductor.utils", "get_num_sms"),
     "persistent_mm_grid": ("torch._inductor.kernel.mm_common", "persistent_mm_grid"),
+    # packages of exported programs
+    "aoti_compile_and_package": ("torch._inductor", "aoti_compile_and_package"),
+    "aoti_load_package": ("torch._inductor", "aoti_load_package"),
     # inspection of generated code (tests)
     "inductor_config": ("torch._inductor.config", None),
     "run_and_get_code": ("torch._inductor.utils", "run_and_get_code"),
@@ -39,6 +42,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "GraphLowering": ("torch._inductor.graph", "GraphLowering"),
     "select_decomp_table": ("torch._inductor.decomposition", "select_decomp_table"),
     "DeviceProperties": ("torch._inductor.runtime.hints", "DeviceProperties"),
+    "ShapeEnv": ("torch.fx.experimental.symbolic_shapes", "ShapeEnv"),
     "CudaInterface": ("torch._dynamo.device_interface", "CudaInterface"),
     "has_triton_tma_device": ("torch.utils._triton", "has_triton_tma_device"),
     "fake_tensor": ("torch._subclasses.fake_tensor", None),
@@ -109,6 +113,16 @@ def select_template(name: str, template, configs: list[dict], nodes: list, layou
             raise error
     selected = autotune_select_algorithm(name, choices, nodes, layout)
     return selected[0] if isinstance(selected, tuple) else selected  # a pair from torch 2.13 on
+
+
+def symbolic_size(shape_env: Any, value: int) -> torch.SymInt:
+    """A new symbol for a size whose value at trace time is `value`."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = ConstantSource(f"size_{value}")
+    symbol = shape_env.create_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    return shape_env.create_symintnode(symbol, hint=value, source=source)
 
 
 def cpp_wrapper_active() -> bool:
@@ -319,6 +333,7 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     if not own_context:
+        _name_constants(module)
         return compile_fx(module, list(inputs), config_patches=patches)
     module.meta.pop("dynamo_compile_id", None)
     with (
@@ -327,6 +342,17 @@ def compile_graph(
         torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False),
     ):
         return compile_fx(module, list(inputs), config_patches=patches)
+
+
+def _name_constants(module: fx.GraphModule) -> None:
+    """AOTAutograd wants a source for every tensor that a module holds; tracing added constants of its own."""
+    from torch._dynamo.source import ConstantSource
+
+    sources = getattr(module, "_param_name_to_source", None)
+    if sources is None:
+        return
+    for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+        sources.setdefault(name, ConstantSource(f"quantsparse_{name}"))
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:

@@ -101,24 +101,26 @@ def fake_h100(capability=(9, 0)):
             _compat.has_triton_tma_device.cache_clear()
 
 
-def on_cuda(value):
-    """A fake CUDA tensor like this one; anything else as it is."""
+def on_cuda(value, sizes: dict[int, torch.SymInt]):
+    """A fake CUDA tensor like this one, dimensions of the given sizes made symbolic; anything else as it is."""
     if not isinstance(value, torch.Tensor):
         return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+    if not sizes:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+    assert value.is_contiguous()
+    return torch.empty([sizes.get(n, n) for n in value.shape], dtype=value.dtype, device="cuda")
 
 
-def cuda_code(function, *args, capability=(9, 0), config=None) -> str:
-    """Inductor's source text for `function` of CUDA tensors shaped like `args`."""
+def cuda_code(function, *args, capability=(9, 0), dynamic=(), config=None) -> str:
+    """Inductor's source text for `function` of CUDA tensors shaped like `args`; sizes in `dynamic` are symbols."""
     register_lowerings()
     with fake_h100(capability):
-        fake_mode = _compat.FakeTensorMode()
+        fake_mode = _compat.FakeTensorMode(shape_env=_compat.ShapeEnv() if dynamic else None)
         with fake_mode:
-            fakes = [on_cuda(a) for a in args]
+            symbols = {size: _compat.symbolic_size(fake_mode.shape_env, size) for size in dynamic}
+            fakes = [on_cuda(a, symbols) for a in args]
             graph = make_fx(function, decomposition_table=_compat.select_decomp_table())(*fakes)
-        lowering = _compat.GraphLowering(
-            graph, example_inputs=fakes, shape_env=fake_mode.shape_env, is_inference=True
-        )
+        lowering = _compat.GraphLowering(graph, example_inputs=fakes, shape_env=fake_mode.shape_env, is_inference=True)
         with (
             _compat.V.set_debug_handler(_compat.DebugContext()),
             _compat.V.set_graph_handler(lowering),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -42,8 +44,17 @@ def import_kernel(source: str, folder: Path):
     return getattr(module, re.search(r"def (\w+)\(", definition(source)).group(1))
 
 
-def compile_offline(source: str, folder: Path, capability: int):
-    """Compile a kernel for a compute capability (80, 89, 90). Returns PTX and the bytes of shared memory."""
+@dataclass(frozen=True)
+class Compiled:
+    """What the offline compiler says about a kernel."""
+
+    ptx: str
+    shared_memory: int  # bytes a program
+    spilled_bytes: int  # a thread
+
+
+def compile_offline(source: str, folder: Path, capability: tuple[int, int]) -> Compiled:
+    """Compile a kernel for a compute capability, without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -57,7 +68,18 @@ def compile_offline(source: str, folder: Path, capability: int):
     }
     compiled = triton.compile(
         ASTSource(import_kernel(source, folder), signature, blocks, aligned),
-        target=GPUTarget("cuda", capability, 32),
+        target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32),
         options=options,
     )
-    return compiled.asm["ptx"], compiled.metadata.shared
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, spilled_bytes(compiled.asm["cubin"], folder))
+
+
+def spilled_bytes(cubin: bytes, folder: Path) -> int:
+    """Bytes of local memory a thread of a cubin's kernel uses, as the disassembler that Triton brings reports them."""
+    import triton
+
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    report = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", report).group(1)) + int(re.search(r"LOCAL:(\d+)", report).group(1))

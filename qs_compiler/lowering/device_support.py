@@ -29,7 +29,9 @@ def _why_too_old(what: str, device: torch.device, wanted: tuple[int, int]) -> st
     capability = torch.cuda.get_device_capability(device)
     if capability >= wanted:
         return None
-    return f"{what} needs compute capability {'.'.join(map(str, wanted))}, this device has {capability[0]}.{capability[1]}"
+    return (
+        f"{what} needs compute capability {'.'.join(map(str, wanted))}, this device has {capability[0]}.{capability[1]}"
+    )
 
 
 def shared_memory(device: torch.device) -> int:

@@ -1,14 +1,33 @@
-"""Make Triton 3.6's interpreter compute what the compiler would: bf16 products, bf16 rounding, scalar loop bounds."""
+"""Make Triton 3.6's interpreter compute what its compiler would: bf16 products, float conversions, loop bounds."""
 
 import numpy as np
+import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+
+# Formats that numpy lacks: the interpreter holds their bits in unsigned integers.
+BITS = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
+
+
+def convert(handle, dtype):
+    """A handle's values in another dtype, rounded as torch rounds: to nearest even."""
+    source, target = handle.dtype.scalar, dtype.scalar
+    values = torch.from_numpy(np.array(handle.data))
+    if source in BITS:
+        values = values.view(BITS[source]).float()
+    storage = interpreter._get_np_dtype(target)
+    if target in BITS:
+        bits = torch.int16 if target.primitive_bitwidth == 16 else torch.uint8
+        data = values.float().to(BITS[target]).view(bits).numpy().view(storage)
+    else:
+        data = values.numpy().astype(storage)
+    return interpreter.TensorHandle(data, target)
 
 
 def apply() -> None:
     """Patch the interpreter of this process."""
     patch_tensor, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
-    dot, cast = builder.create_dot, builder.cast_impl
+    dot, cast, float_cast = builder.create_dot, builder.cast_impl, builder.create_fp_to_fp
 
     def patched_tensor(tensor, scope):
         patch_tensor(tensor, scope)
@@ -16,22 +35,19 @@ def apply() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def widened(handle):
-        """bf16 lives as uint16 bit patterns, which a product would take for numbers."""
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        """A product would take the bits of bf16 for numbers."""
+        return convert(handle, tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
 
     def patched_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         return dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     def patched_cast(self, source, dtype):
-        """fp32 to bf16 rounds to nearest even instead of cutting off."""
-        if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
-            return cast(self, source, dtype)
-        bits = np.ascontiguousarray(source.data, dtype=np.float32).view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = np.where(np.isnan(source.data), np.uint32(0x7FC0), rounded).astype(np.uint16)
-        return interpreter.TensorHandle(rounded.reshape(np.shape(source.data)), tl.bfloat16)
+        held_as_bits = source.dtype.scalar in BITS or dtype.scalar in BITS
+        return convert(source, dtype) if held_as_bits else cast(self, source, dtype)
+
+    def patched_float_cast(self, source, dtype, rounding_mode):
+        held_as_bits = source.dtype.scalar in BITS or dtype.scalar in BITS
+        return convert(source, dtype) if held_as_bits else float_cast(self, source, dtype, rounding_mode)
 
     interpreter._patch_lang_tensor = patched_tensor
-    builder.create_dot, builder.cast_impl = patched_dot, patched_cast
+    builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = patched_dot, patched_cast, patched_float_cast

@@ -1,0 +1,126 @@
+"""The CUDA lowering of quantsparse::linear, without a GPU: generated text, offline compilation, interpreted numbers."""
+
+import pytest
+import torch
+from torch.nn.functional import gelu, layer_norm
+
+from qs_compiler.lowering import collect_fallbacks
+from tests.fake_h100 import SHARED_MEMORY, cuda_code
+from tests.kernel_text import compile_offline, kernel_sources
+from tests.lowering.compiled import library_calls
+from tests.lowering.interpret import interpret
+from tests.tolerances import assert_close
+
+quantsparse = torch.ops.quantsparse
+fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def operands(rows, columns, depth, code=torch.int8):
+    xq, wq = (torch.randint(-127, 128, (n, depth), dtype=torch.int8).to(code) for n in (rows, columns))
+    return xq, torch.rand(rows) * 1e-3, wq, torch.rand(columns)
+
+
+@pytest.mark.parametrize("code", (torch.int8, fp8))
+def test_numbers_over_odd_shapes(code, tmp_path):
+    """Rows around the tile, a depth that TMA takes (96) and one that it does not (100), every dtype, with bias and
+    without. int8 is bit-exact."""
+    cases, wanted = [], []
+    for i, rows in enumerate((1, 63, 65, 127, 129, 257)):
+        dtype, depth = FLOATS[i % 3], (96, 100)[i // 3]
+        bias = torch.randn(33).to(dtype) if i % 2 else None
+        args = (*operands(rows, 33, depth, code), bias)
+
+        def function(*args, dtype=dtype):
+            return (quantsparse.linear(*args, dtype),)
+
+        text = cuda_code(function, *args)
+        assert list(kernel_sources(text)) == ["triton_tem_fused_0"]
+        assert f"TMA : tl.constexpr = {depth == 96}" in text
+        cases.append((text, args))
+        wanted += function(*args)
+    for (got,), expected in zip(interpret(cases, tmp_path), wanted, strict=True):
+        assert got.dtype == expected.dtype
+        if code == torch.int8:
+            assert torch.equal(got, expected)
+        else:
+            assert_close(got, expected)
+
+
+def block(x, shift, scale, wq, ws, bias, gate, residual):
+    h = layer_norm(x.float(), (x.shape[-1],)) * (1 + scale) + shift
+    xq, xs = quantsparse.quantize_rows(h.to(x.dtype), None, None, "int8")
+    return (residual + gate * gelu(quantsparse.linear(xq, xs, wq, ws, bias, x.dtype), approximate="tanh"),)
+
+
+def block_operands(tokens=65, width=96, columns=64):
+    wq = torch.randint(-127, 128, (columns, width), dtype=torch.int8)
+    rows = [torch.randn(n).to(bf16) for n in (width, width, columns, columns)]
+    x, residual = torch.randn(2, tokens, width).to(bf16), torch.randn(2, tokens, columns).to(bf16)
+    return x, *rows[:2], wq, torch.rand(columns) * 0.01, *rows[2:], residual
+
+
+def test_two_kernels_from_layer_norm_to_residual(tmp_path):
+    """Norm, modulation and quantiser are one kernel; product, scales, bias, GELU, gate and residual are the other."""
+    args = block_operands()
+    with collect_fallbacks() as fallbacks:
+        text = cuda_code(block, *args)
+    quantiser, product = kernel_sources(text).values()
+    assert "rsqrt" in quantiser and "nearbyint" in quantiser
+    assert "code_product" in product and "tanh" in product
+    assert library_calls(text) == [] and fallbacks == []
+    [got] = interpret([(text, args)], tmp_path)[0]
+    # bf16 rounding between norm and quantiser may differ; one code is 1/127 of the row's largest value
+    assert_close(got, block(*args)[0])
+
+
+def test_rows_may_be_symbolic(tmp_path):
+    """One source text serves every number of rows."""
+    short, long = block_operands(tokens=65), block_operands(tokens=129)
+    text = cuda_code(block, *short, dynamic=(65,))
+    assert len(kernel_sources(text)) == 2
+    for args, [got] in zip((short, long), interpret([(text, short), (text, long)], tmp_path), strict=True):
+        assert_close(got, block(*args)[0])
+
+
+EPILOGUES = {
+    "plain": lambda y, gate, residual: y,
+    "gelu": lambda y, gate, residual: gelu(y, approximate="tanh"),
+    "gate and residual": lambda y, gate, residual: residual + gate * y,
+}
+TARGETS = [(code, target) for code in (torch.int8, fp8) for target in SHARED_MEMORY if code != fp8 or target > (8, 0)]
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("rows", (1, 512, 40_000))
+@pytest.mark.parametrize(("code", "capability"), TARGETS)
+def test_every_tile_compiles_and_fits(rows, capability, code, epilogue, tmp_path):
+    """Tensor cores are used, nothing spills, shared memory suffices."""
+
+    def function(xq, xs, wq, ws, bias, gate, residual):
+        return (EPILOGUES[epilogue](quantsparse.linear(xq, xs, wq, ws, bias, bf16), gate, residual),)
+
+    with torch.device("meta"):
+        xq, wq, residual = (
+            torch.empty(s, dtype=d) for s, d in (((rows, 1024), code), ((3072, 1024), code), ((rows, 3072), bf16))
+        )
+        bias = gate = torch.empty(3072, dtype=bf16)
+        args = xq, torch.empty(rows), wq, torch.empty(3072), bias, gate, residual
+    [source] = kernel_sources(cuda_code(function, *args, capability=capability)).values()
+    compiled = compile_offline(source, tmp_path, capability)
+    assert ("wgmma" if capability == (9, 0) else "mma.sync") in compiled.ptx
+    assert ("cp.async.bulk" in compiled.ptx) == (capability == (9, 0))
+    assert compiled.shared_memory <= SHARED_MEMORY[capability]
+    assert compiled.spilled_bytes == 0
+
+
+def test_float8_falls_back_where_the_device_has_none():
+    def function(x, wq, ws):
+        return (quantsparse.linear(*quantsparse.quantize_rows(x, None, None, "fp8"), wq, ws, None, bf16),)
+
+    args = torch.randn(8, 64), torch.zeros(16, 64, dtype=fp8), torch.rand(16)
+    with collect_fallbacks() as fallbacks:
+        text = cuda_code(function, *args, capability=(8, 0))
+    assert [op for op, _ in fallbacks] == ["quantize_rows", "linear"]
+    assert all("compute capability 8.9, this device has 8.0" in reason for _, reason in fallbacks)
+    assert "torch.ops.quantsparse.linear.default" in library_calls(text)

@@ -1,0 +1,169 @@
+"""The CUDA lowering of quantsparse::sparse_attention, without a GPU."""
+
+import pytest
+import torch
+
+from qs_compiler.lowering import collect_fallbacks
+from tests.fake_h100 import SHARED_MEMORY, cuda_code
+from tests.kernel_text import compile_offline, kernel_sources
+from tests.lowering.compiled import library_calls
+from tests.lowering.interpret import interpret
+from tests.ops.attention_cases import BLOCK, block_lists, random_qkv
+from tests.tolerances import RELATIVE_ERROR, assert_close
+
+quantsparse = torch.ops.quantsparse
+bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attend(q, k, v, lists, *, scales=(None, None, None), kv_len=None, state=(None, None), dtype=None, block=BLOCK):
+    """A function of tensors only, and its arguments."""
+    tensors = (q, k, v, *scales, *lists, kv_len, *state)
+
+    def function(*given):
+        rest = iter(given)
+        args = [None if t is None else next(rest) for t in tensors]
+        return quantsparse.sparse_attention(*args, 0.2, block, dtype or q.dtype)
+
+    return function, [t for t in tensors if t is not None]
+
+
+def check(cases, folder, tolerance=None):
+    """Interpret the generated code of [(function, args)] and compare with the references."""
+    texts = []
+    for function, args in cases:
+        with collect_fallbacks() as fallbacks:
+            texts.append(cuda_code(function, *args))
+        assert fallbacks == [] and list(kernel_sources(texts[-1])) == ["triton_tem_fused_0"]
+    results = interpret([(text, args) for text, (_, args) in zip(texts, cases, strict=True)], folder)
+    for (function, args), (o, lse) in zip(cases, results, strict=True):
+        wanted_o, wanted_lse = function(*args)
+        assert o.dtype == wanted_o.dtype
+        assert_close(o, wanted_o, tolerance)
+        assert_close(lse, wanted_lse, max(1e-5, tolerance or 0))
+    return texts
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_odd_sizes_head_widths_and_grouped_heads(dtype, tmp_path):
+    cases = []
+    for i, tokens in enumerate((1, 65, 127)):
+        depth, keys = (16, 80, 24)[i], tokens + 17
+        lists = block_lists(2, 4, -(-tokens // BLOCK), -(-keys // BLOCK))
+        cases.append(attend(*random_qkv(2, 4, (1, 2, 4)[i], tokens, keys, depth, dtype), lists))
+    # The kernel rounds the softmax weights to 16 bits before they meet the values.
+    check(cases, tmp_path, 2 * RELATIVE_ERROR[dtype])
+
+
+def test_lists_broadcast_and_int16(tmp_path):
+    qkv = random_qkv(2, 4, 2, 100, 80, 16, torch.float32)
+    cases = [
+        attend(*qkv, block_lists(batch, heads, 4, 3, dtype=dtype))
+        for batch, heads, dtype in ((1, 1, torch.int32), (1, 4, torch.int16), (2, 1, torch.int32))
+    ]
+    check(cases, tmp_path)
+
+
+def test_lengths_states_and_rows_without_keys(tmp_path):
+    """NaN lies wherever nothing may be read: past kv_len, in states of empty parts, in rows without keys."""
+    q, k, v = random_qkv(3, 2, 2, 70, 129, 16, torch.float32)
+    counts, indices = block_lists(3, 2, 3, 5)
+    counts[0, 0, 0] = 0
+    kv_len = torch.tensor([129, 40, 0], dtype=torch.int32)
+    for b, length in enumerate(kv_len):
+        k[b, :, length:], v[b, :, length:] = float("nan"), float("nan")
+    state_o, state_lse = torch.randn(3, 2, 70, 16), torch.randn(3, 2, 70)
+    state_lse[:, 0, :40] = float("-inf")
+    state_o[:, 0, :40] = float("nan")
+    plain, resumed = (
+        attend(q, k, v, (counts, indices), kv_len=kv_len, state=state)
+        for state in ((None, None), (state_o.to(bf16), state_lse))
+    )
+    check([plain, resumed], tmp_path)
+
+
+@pytest.mark.parametrize("code", (torch.int8, fp8))
+def test_codes_with_scales_per_token_and_per_block(code, tmp_path):
+    q, k, v = (x.mul(40).clamp(-120, 120).to(code) for x in random_qkv(1, 2, 1, 70, 96, 32, torch.float32))
+    per_token = torch.rand(1, 2, 70) * 0.02, torch.rand(1, 1, 96) * 0.02, torch.rand(1, 1, 32)
+    per_block = per_token[0][..., :3].contiguous(), per_token[1][..., :3].contiguous(), per_token[2]
+    lists = block_lists(1, 2, 3, 3, least=1)
+    values = random_qkv(1, 2, 1, 70, 96, 32, bf16)[2]
+    cases = [
+        attend(q, k, v, lists, scales=per_token, dtype=bf16),
+        attend(q, k, v, lists, scales=per_block, dtype=bf16),
+        attend(q, k, values, lists, scales=(*per_block[:2], None), dtype=bf16),
+    ]
+    check(cases, tmp_path, 2 * RELATIVE_ERROR[bf16])
+
+
+def sparse_step(q, k, v, counts, indices, residual):
+    o, _ = quantsparse.sparse_attention(
+        q, k, v, None, None, None, counts, indices, None, None, None, 0.2, BLOCK, q.dtype
+    )
+    o = quantsparse.add_residual(o, residual, None, None, None, None)
+    return (o.transpose(1, 2).flatten(2),)
+
+
+def test_residual_and_transpose_join_the_kernel(tmp_path):
+    """Strided heads in, corrected rows of all heads out: one kernel."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in random_qkv(1, 2, 2, 65, 96, 16, bf16))
+    args = q, k, v, *block_lists(1, 2, 3, 3), torch.randn(1, 2, 65, 16).to(bf16)
+    text = cuda_code(sparse_step, *args)
+    assert len(kernel_sources(text)) == 1
+    [got] = interpret([(text, args)], tmp_path)[0]
+    assert_close(got, sparse_step(*args)[0], 2 * RELATIVE_ERROR[bf16])
+
+
+def test_tokens_may_be_symbolic(tmp_path):
+    def function(q, k, v, counts, indices):
+        return quantsparse.sparse_attention(
+            q, k, v, None, None, None, counts, indices, None, None, None, 0.2, BLOCK, q.dtype
+        )
+
+    def args(tokens):
+        return *random_qkv(1, 2, 2, tokens, 96, 16, torch.float32), *block_lists(1, 2, -(-tokens // BLOCK), 3)
+
+    text = cuda_code(function, *args(120), dynamic=(120, 4))
+    for given, got in zip(
+        (args(120), args(65)), interpret([(text, args(120)), (text, args(65))], tmp_path), strict=True
+    ):
+        for result, wanted in zip(got, function(*given), strict=True):
+            assert_close(result, wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "depth"), ((bf16, 64), (bf16, 128), (bf16, 256), (torch.int8, 128), (torch.float32, 64))
+)
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_every_tile_compiles_and_fits(depth, capability, dtype, tmp_path):
+    with torch.device("meta"):
+        q = k = torch.empty(1, 4, 4096, depth, dtype=dtype)
+        scales = (torch.empty(1, 4, 4096), torch.empty(1, 4, 32), None) if dtype == torch.int8 else (None, None, None)
+        v = torch.empty(1, 4, 4096, depth, dtype=bf16 if dtype == torch.int8 else dtype)
+        lists = torch.empty(1, 4, 32, dtype=torch.int32), torch.empty(1, 4, 32, 32, dtype=torch.int32)
+        case = attend(q, k, v, lists, scales=scales, dtype=v.dtype, block=128)
+    [source] = kernel_sources(cuda_code(case[0], *case[1], capability=capability)).values()
+    compiled = compile_offline(source, tmp_path, capability)
+    assert compiled.shared_memory <= SHARED_MEMORY[capability]
+    if dtype != torch.float32:
+        assert ("wgmma" if capability == (9, 0) else "mma.sync") in compiled.ptx
+
+
+@pytest.mark.parametrize(
+    ("block", "depth", "capability", "reason"),
+    (
+        (24, 32, (9, 0), "block_size 24 is not a multiple of 16"),
+        (32, 320, (9, 0), "head width 320 is above 256"),
+    ),
+)
+def test_what_the_template_cannot_do_is_reported(block, depth, capability, reason):
+    with torch.device("meta"):
+        q = torch.empty(1, 2, 96, depth, dtype=bf16)
+        n = 96 // block
+        lists = torch.empty(1, 2, n, dtype=torch.int32), torch.empty(1, 2, n, n, dtype=torch.int32)
+    function, args = attend(q, q, q, lists, block=block)
+    with collect_fallbacks() as fallbacks:
+        text = cuda_code(function, *args, capability=capability)
+    assert len(fallbacks) == 1 and fallbacks[0][0] == "sparse_attention" and reason in fallbacks[0][1]
+    assert library_calls(text) == ["torch.ops.quantsparse.sparse_attention.default"]
