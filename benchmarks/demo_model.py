@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -23,10 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from qs_compiler.demo.check import accuracy
 from qs_compiler.demo.data import draw_scenes, render
-from qs_compiler.demo.model import load_model, sample
+from qs_compiler.demo.model import WEIGHTS, load_model, sample
 from qs_compiler.demo.sheet import contact_sheet
 
-GRIDS = ((16, 64), (24, 96))
+GRIDS = ((16, 64, "demo_model.png", 12), (24, 96, "demo_model_large.png", 6))
+"""Frames, side, and the contact sheet with how many of the clips it shows."""
 SEED = 20_000
 BLOCK = 128
 DENSITIES = (0.15, 0.25)
@@ -95,10 +96,6 @@ def block_mass(model, setting: Setting) -> dict:
     return {f"{density:.0%}": round(mean, 4) for density, mean in zip(DENSITIES, means, strict=True)}
 
 
-def titles(captions: Sequence[object]) -> list[str]:
-    return [str(caption) for caption in captions]
-
-
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__)
@@ -107,7 +104,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 1.0, 2.0, 5.0], help="first: the default")
     parser.add_argument("--steps", type=int, nargs="+", default=[30, 10, 20, 50], help="first: the default")
-    parser.add_argument("--weights", type=Path, help="folder of other weights than the bundled ones")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the model")
     parser.add_argument("--out", type=Path, default=here / "results" / "demo_model.json")
     parser.add_argument("--sheets", type=Path, default=here.parent / "docs")
     options = parser.parse_args()
@@ -115,15 +112,16 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
     dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    model = load_model(options.device, dtype, **({"folder": options.weights} if options.weights else {}))
+    model = load_model(options.device, dtype, options.weights)
+    digest = hashlib.sha256((options.weights / "model.safetensors").read_bytes()).hexdigest()
     scenes = draw_scenes(options.clips, SEED, held_out=True)
     captions = scenes.captions()
     rows, real, masses = [], {}, {}
-    for (frames, side), sheet in zip(GRIDS, ("demo_model.png", "demo_model_large.png"), strict=True):
+    for frames, side, sheet, shown in GRIDS:
         setting = Setting(frames, side, options.steps[0], options.guidance[0])
         row, clips = measure(model, setting, options.clips, options.batch)
         rows.append(row)
-        contact_sheet(clips[:12], options.sheets / sheet, titles(captions[:12]))
+        contact_sheet(clips[:shown], options.sheets / sheet, [str(caption) for caption in captions[:shown]])
         name = f"{frames}x{side}x{side}"
         real[name] = dataclasses.asdict(accuracy(render(scenes, frames, side, options.device), captions))
         masses[name] = block_mass(model, setting)
@@ -140,6 +138,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "dtype": str(dtype).removeprefix("torch."),
+        "weights_sha256": digest,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "generated": rows,
         "checker_on_real_clips": real,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 from ..errors import QuantSparseError
 
@@ -104,7 +105,7 @@ def grammar() -> str:
     )
 
 
-def _one_of(name: str, words) -> str:
+def _one_of(name: str, words: Iterable[str]) -> str:
     return f"(?P<{name}>{'|'.join(words)})"
 
 

@@ -73,7 +73,7 @@ def draw_scenes(batch: int, seed: int, *, held_out: bool = False) -> Scenes:
     """Draw `batch` scenes, all of training captions or, with `held_out`, none of them."""
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(low, high, *shape: int) -> torch.Tensor:
+    def uniform(low: float | torch.Tensor, high: float | torch.Tensor, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(batch, *shape, generator=generator)
 
     def choice(count: int, *shape: int) -> torch.Tensor:
