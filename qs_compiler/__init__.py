@@ -8,6 +8,7 @@ from .artifact import Artifact
 from .backend import quantsparse
 from .dump import reports
 from .errors import QuantSparseError
+from .export import compress
 from .options import Recipe
 from .passes import register_pass
 from .pipeline import attach
@@ -20,6 +21,7 @@ __all__ = [
     "QuantSparseError",
     "Recipe",
     "attach",
+    "compress",
     "denoising",
     "invalidate",
     "register_pass",

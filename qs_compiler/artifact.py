@@ -177,14 +177,23 @@ class Artifact:
                 "calibrated on, or calibrate again."
             )
         for name, weight in weights.items():
-            now, then = (torch.tensor(v, dtype=torch.float64) for v in (sample_weight(weight), self.samples[name]))
-            # Half a unit in the last place of bfloat16 is 2^-9, of the smallest float16 numbers 2^-25.
-            if not torch.allclose(now, then, rtol=2**-8, atol=2**-24):
-                raise ArtifactError(
-                    f"'{name}.weight' has other values than the weight that the artifact was made from: another "
-                    "checkpoint, the other expert, or a LoRA fused into it. Attach each expert to its own artifact, "
-                    "or calibrate again."
-                )
+            self.check_weight(name, weight)
+
+    def check_weight(self, name: str, weight: torch.Tensor) -> None:
+        """Make sure that `weight` is what the layer called `name` was packed from.
+
+        Raises:
+            ArtifactError: it has no values, another shape or other values.
+        """
+        _check_shape(name, weight, self.layers[name].shape)
+        now, then = (torch.tensor(v, dtype=torch.float64) for v in (sample_weight(weight), self.samples[name]))
+        # Half a unit in the last place of bfloat16 is 2^-9, of the smallest float16 numbers 2^-25.
+        if not torch.allclose(now, then, rtol=2**-8, atol=2**-24):
+            raise ArtifactError(
+                f"'{name}.weight' has other values than the weight that the artifact was made from: another "
+                "checkpoint, the other expert, or a LoRA fused into it. Attach each expert to its own artifact, "
+                "or calibrate again."
+            )
 
     def _tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, torch.Tensor]]:
         """Names of the tensors of each layer, and the tensors; one that layers share is stored once."""
@@ -265,6 +274,11 @@ def _source_weight(model: nn.Module, name: str, shape: tuple[int, int]) -> torch
             f"'{name}' is a {type(module).__name__} without a weight parameter: the model is compressed already, or "
             "quantised by another library. Load the 16-bit model."
         )
+    _check_shape(name, weight, shape)
+    return weight
+
+
+def _check_shape(name: str, weight: torch.Tensor, shape: tuple[int, int]) -> None:
     if weight.is_meta:
         raise ArtifactError(f"'{name}.weight' has no values (it is on the meta device); load the weights first.")
     if tuple(weight.shape) != tuple(shape):
@@ -272,7 +286,6 @@ def _source_weight(model: nn.Module, name: str, shape: tuple[int, int]) -> torch
             f"'{name}.weight' has shape {tuple(weight.shape)}, the artifact was made from one of {tuple(shape)}; "
             "use the checkpoint that it was calibrated on."
         )
-    return weight
 
 
 def package_versions() -> dict[str, str]:

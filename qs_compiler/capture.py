@@ -76,7 +76,9 @@ class Capture:
 
 
 def dotted_path(source: str) -> str:
-    """`L['self'].__dict__['_modules']['blocks'].0.attn1` -> `blocks.0.attn1`; a plain local keeps its own name."""
+    """`L['self'].__dict__['_modules']['blocks'].0.attn1` -> `blocks.0.attn1`; a plain or dotted name stays."""
+    if re.fullmatch(r"[\w.]*", source):
+        return source
     tokens = [next(t for t in m if t) for m in _TOKEN.findall(source)]
     path = [t for t in tokens if t not in _CONTAINERS]
     return ".".join(path[1:]) if len(path) > 1 else ".".join(path)

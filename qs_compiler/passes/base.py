@@ -68,6 +68,7 @@ class PassContext:
         phase: which of the three forms is being built.
         weights: gives quantize_linear the packed form of a parameter.
         attached: the model owns packed tensors, so a linear over a 16-bit weight is meant to stay.
+        exported: the result is an ExportedProgram: one flat graph, and no runtime that supplies further inputs.
         sites: the attentions that may run sparse, filled by sparsify_attention.
         extra_inputs: providers of the graph inputs that passes appended, in order.
         packed_from: packed graph input -> position of the parameter that it packs.
@@ -79,6 +80,7 @@ class PassContext:
     phase: Phase
     weights: Any = None
     attached: bool = False
+    exported: bool = False
     sites: list[AttentionSite] = dataclasses.field(default_factory=list)
     extra_inputs: list[Any] = dataclasses.field(default_factory=list)
     packed_from: dict[fx.Node, int] = dataclasses.field(default_factory=dict)

@@ -33,6 +33,9 @@ class OutlineRepeatedBlocks(GraphPass):
         blocks = repeated_blocks(graph)
         if not blocks:
             return result
+        if context.exported:
+            result.skip("the graph", "an ExportedProgram is one flat graph")
+            return result
         parts = assign_parts(graph, blocks)
         groups: dict[str, list[int]] = {}
         for part in sorted({p for p in parts.values() if p % 2}):

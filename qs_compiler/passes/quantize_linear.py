@@ -91,7 +91,7 @@ def why_not(node: fx.Node, context: PassContext, blocks: dict[tuple[str, str], i
     if recipe.format == "off":
         return "recipe 'off'"
     if context.attached:
-        return "kept in 16 bit by the artifact"
+        return node.meta.get("kept", "kept in 16 bit by the artifact")
     if weight.op != "placeholder":
         return "the weight is computed in the graph"
     index = context.input_index(weight)
