@@ -22,10 +22,11 @@ def pool(x: torch.Tensor, lengths: torch.Tensor, block_size: int) -> tuple[torch
     """Mean of the valid rows of each block: x (B, H, L, D), lengths (B,) -> (B, H, n, D) float32, counts (B, n)."""
     tokens = x.shape[2]
     valid = torch.arange(tokens, device=x.device) < lengths[:, None]
-    padding = blocks_of(tokens, block_size) * block_size - tokens
+    shape = blocks_of(tokens, block_size), block_size
+    padding = shape[0] * block_size - tokens
     x = x.float().masked_fill(~valid[:, None, :, None], 0)
-    sums = torch.nn.functional.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, block_size)).sum(3)
-    counts = torch.nn.functional.pad(valid.float(), (0, padding)).unflatten(1, (-1, block_size)).sum(2)
+    sums = torch.nn.functional.pad(x, (0, 0, 0, padding)).unflatten(2, shape).sum(3)
+    counts = torch.nn.functional.pad(valid.float(), (0, padding)).unflatten(1, shape).sum(2)
     return sums / counts.clamp(min=1)[:, None, :, None], counts
 
 

@@ -94,8 +94,8 @@ def reference(
             scores.masked_fill(~valid[:, None], float("-inf")),
             v_rows[key].float().masked_fill(~valid[..., None], 0),
         )
-    o = o.view(batch, heads, -1, depth)[:, :, :tokens]
-    lse = lse.view(batch, heads, -1)[:, :, :tokens].contiguous()
+    o = o.view(batch, heads, query_blocks * block_size, depth)[:, :, :tokens]
+    lse = lse.view(batch, heads, query_blocks * block_size)[:, :, :tokens].contiguous()
     if v_scale is not None:
         o = o * v_scale.repeat_interleave(heads // kv_heads, 1)[:, :, None]
     if state_o is not None:
