@@ -16,6 +16,7 @@ from .base import FunctionPass, GraphPass, PassContext
 
 log = logging.getLogger("qs_compiler.passes")
 
+CLOSING = "outline_repeated_blocks"  # after it a block's nodes lie in a body that all blocks share
 _REGISTRY: dict[str, GraphPass] = {}
 _BUILT_IN: set[str] = set()
 
@@ -55,8 +56,8 @@ def register_pass(fn: Any = None, /, *, name: Any = None, after: Any = (), befor
     Args:
         fn: `fn(graph, context)`, a GraphPass class or a GraphPass. Without it a decorator is returned.
         name: the pass's name; the function's or class's own by default.
-        after, before: names of passes to follow or precede. Without them the pass runs before
-            `outline_repeated_blocks`, which closes the graph.
+        after, before: names of passes to follow or precede. Unless it follows `outline_repeated_blocks`, which closes
+            the graph, a pass runs before it.
 
     Returns:
         a Registration, which can be called like the function and removed.
@@ -88,8 +89,8 @@ def _register(fn: Any, name: str | None, after: tuple[str, ...], before: tuple[s
     for other in (*new.after, *new.before):
         if other not in _REGISTRY:
             raise PassError(f"'{new.name}' refers to '{other}', which is no pass. Passes: {', '.join(pass_names())}.")
-    if _BUILT_IN and not new.after and not new.before:
-        new.before = ("outline_repeated_blocks",)
+    if CLOSING in _REGISTRY and CLOSING not in new.after:
+        new.before = (*new.before, CLOSING)
     _REGISTRY[new.name] = new
     try:
         ordered_passes()

@@ -55,12 +55,16 @@ class OutlineRepeatedBlocks(GraphPass):
 
 
 def block_of(node: fx.Node) -> tuple[str, str] | None:
-    """(path, class) of the outermost numbered module in which a node was traced: ("blocks.3", "WanTransformerBlock")."""
+    """(path, class) of the outermost numbered module in which a node was traced: ("blocks.3", "WanTransformerBlock").
+
+    torch's own layers do not count: an nn.Sequential of linears is no list of blocks.
+    """
     for entry in (node.meta.get("nn_module_stack") or {}).values():
         path = dotted_path(_compat.stack_name(entry))
         if re.search(r"(^|\.)\d+$", path):
-            cls = entry[1]
-            return path, cls if isinstance(cls, str) else cls.__name__
+            cls = entry[1] if isinstance(entry[1], str) else f"{entry[1].__module__}.{entry[1].__qualname__}"
+            if not cls.startswith("torch.nn."):
+                return path, cls.rpartition(".")[2]
     return None
 
 
