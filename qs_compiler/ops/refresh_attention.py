@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import torch
 
-from .attention_inputs import blocks_of, check_attention, kept_blocks, key_lengths, token_scale
+from .attention_inputs import check_attention, kept_blocks
+from .gathered_attention import GatheredAttention
 from .library import OpCost, define_op, itemsize, require, require_dtype, require_shape, symbols
-from .softmax_state import divide, finite, merge_states
+from .softmax_state import finite, merge_states
 
 NAME = "refresh_attention"
 CORRECTIONS = ("residual", "complement")
 B, H, Hkv, S, T, D, block, nQ, nK, b_q, b_v, b_o, b_prev, lists = symbols(
     "B H Hkv S T D block nQ nK b_q b_v b_o b_prev lists"
 )
-
-# Elements of one score tile of the reference, unless a single query block needs more.
-WORKSPACE = 1 << 22
 
 
 def check(
@@ -43,94 +41,45 @@ def check(
         require_dtype(NAME, "lse_prev", lse_prev.dtype, (torch.float32,))
 
 
-def split_states(scores, values, kept, block_size):
-    """Kept and dropped part of one tile of rows.
-
-    scores (G, c, block, T), -inf where masked; values (G, T, D); kept (G, c, nK) bool. Returns (o, lse) of the kept and
-    of the dropped part, the (o, lse) of both, and the mass that each row puts on each key block, (G, c, block, nK).
-    """
-    groups, blocks, rows, keys = scores.shape
-    key_blocks = kept.shape[-1]
-    kept_keys = kept.repeat_interleave(block_size, -1)[:, :, None, :keys]
-    # Each part is shifted by its own maximum: a part of vanishing mass keeps a finite log-sum-exp.
-    shift_kept = finite(scores.masked_fill(~kept_keys, float("-inf")).amax(-1))
-    shift_dropped = finite(scores.masked_fill(kept_keys, float("-inf")).amax(-1))
-    weights = torch.exp(scores - torch.where(kept_keys, shift_kept[..., None], shift_dropped[..., None]))
-    padded = torch.nn.functional.pad(weights, (0, key_blocks * block_size - keys))
-    block_sums = padded.unflatten(-1, (key_blocks, block_size)).sum(-1)
-    states = []
-    for part, shift in ((kept_keys, shift_kept), (~kept_keys, shift_dropped)):
-        part_weights = (weights * part).flatten(1, 2)
-        total = part_weights.sum(-1).view(groups, blocks, rows)
-        o = torch.bmm(part_weights, values).view(groups, blocks, rows, -1)
-        states += [divide(o, total), shift + torch.log(total)]
-    o, lse = merge_states(*states)
-    shifts = torch.where(kept[:, :, None], shift_kept[..., None], shift_dropped[..., None])
-    return states, (o, lse), block_sums * torch.exp(shifts - finite(lse)[..., None])
-
-
 def reference(
     q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len, lse_prev, correction, scale, block_size, dtype
 ):
-    """Tiles of a few query blocks against all keys: nothing is S x T."""
-    batch, heads, tokens, depth = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    query_blocks, key_blocks = blocks_of(tokens, block_size), blocks_of(keys, block_size)
-    lengths = key_lengths(kv_len, k)
+    """Attend the kept and the dropped blocks of a few query blocks at a time, and join the two."""
+    gathered = GatheredAttention(q, k, v, q_scale, k_scale, v_scale, kv_len, scale, block_size)
+    entries, key_blocks = gathered.entries, gathered.key_blocks
     kept = kept_blocks(num_blocks, indices)
-    q_scales = None if q_scale is None else token_scale(q_scale, tokens, block_size)[..., None]
-    k_scales = None if k_scale is None else token_scale(k_scale, keys, block_size)[..., None]
+    kept = kept.expand(*entries.shape, key_blocks).reshape(-1, key_blocks)
+    order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)  # kept blocks first, then the dropped ones
 
-    o = q.new_empty((batch * heads, query_blocks * block_size, depth), dtype=dtype)
-    correction_o = torch.empty_like(o)
-    lse = q.new_empty(o.shape[:2], dtype=torch.float32)
+    o = q.new_empty((entries.numel(), block_size, q.shape[3]), dtype=dtype)
+    correction_o, lse = torch.empty_like(o), q.new_empty(o.shape[:2], dtype=torch.float32)
     correction_lse = torch.empty_like(lse)
-    block_mass = q.new_empty((batch * heads, query_blocks, key_blocks), dtype=torch.float32)
-    head_step = max(1, WORKSPACE // max(1, query_blocks * block_size * keys))
-    block_step = max(1, WORKSPACE // max(1, head_step * block_size * keys))
-    for first in range(0, batch * heads, head_step):
-        head = torch.arange(first, min(first + head_step, batch * heads), device=q.device)
-        b, h, kv_h = head // heads, head % heads, head % heads // (heads // kv_heads)
-        keep = kept[b % kept.shape[0], h % kept.shape[1]]
-        valid = torch.arange(keys, device=q.device) < lengths[b, None]
-        q_head, k_head = q[b, h].float(), k[b, kv_h].float()
-        v_head = v[b, kv_h].float().masked_fill(~valid[..., None], 0)
-        if q_scales is not None:
-            q_head = q_head * q_scales[b, h]
-        if k_scales is not None:
-            k_head = k_head * k_scales[b, kv_h]
-        if v_scale is not None:
-            v_head = v_head * v_scale[b, kv_h][:, None]
-        q_head = torch.nn.functional.pad(q_head, (0, 0, 0, query_blocks * block_size - tokens))
-        for start in range(0, query_blocks, block_step):
-            stop = min(start + block_step, query_blocks)
-            rows = slice(start * block_size, stop * block_size)
-            scores = torch.bmm(q_head[:, rows], k_head.mT) * scale
-            scores = scores.masked_fill(~valid[:, None], float("-inf")).unflatten(1, (-1, block_size))
-            states, (o_tile, lse_tile), mass = split_states(scores, v_head, keep[:, start:stop], block_size)
-            o_kept, lse_kept, o_dropped, lse_dropped = states
-            if correction == "residual":
-                fix_o, fix_lse = o_tile - o_kept, lse_kept
-            else:
-                fix_o, fix_lse = o_dropped, lse_dropped
-            group = slice(first, first + len(head))
-            o[group, rows], lse[group, rows] = o_tile.flatten(1, 2).to(dtype), lse_tile.flatten(1)
-            correction_o[group, rows] = fix_o.flatten(1, 2).to(dtype)
-            correction_lse[group, rows] = fix_lse.flatten(1)
-            row = torch.arange(rows.start, rows.stop, device=q.device).view(-1, block_size)
-            real = (row < tokens).float()[..., None]
-            block_mass[group, start:stop] = (mass * real).sum(2) / real.sum(1)
+    block_mass = q.new_empty((entries.numel(), key_blocks), dtype=torch.float32)
+    counts, by_count = kept.sum(-1).sort(stable=True)
+    for count, entries_of_count in split_by_value(counts, by_count):
+        for part in entries_of_count.split(gathered.step(key_blocks)):
+            blocks = order[part]
+            o_kept, lse_kept, mass_kept = gathered.attend(part, blocks[:, :count])
+            o_dropped, lse_dropped, mass_dropped = gathered.attend(part, blocks[:, count:])
+            o_all, lse_all = merge_states(o_kept, lse_kept, o_dropped, lse_dropped)
+            residual = correction == "residual"
+            o[part], lse[part] = o_all.to(dtype), lse_all
+            correction_o[part] = (o_all - o_kept if residual else o_dropped).to(dtype)
+            correction_lse[part] = lse_kept if residual else lse_dropped
 
-    def rows_of(x):
-        return x.unflatten(0, (batch, heads))[:, :, :tokens].contiguous()
+            share_kept, share_dropped = (torch.exp(x - finite(lse_all))[..., None] for x in (lse_kept, lse_dropped))
+            mass = torch.cat((mass_kept * share_kept, mass_dropped * share_dropped), -1)
+            row = (part % gathered.query_blocks)[:, None] * block_size + gathered.within
+            real = (row < gathered.tokens).float()[..., None]  # the last query block may be partial
+            block_mass[part[:, None], blocks] = (mass * real).sum(1) / real.sum(1)
+    shape = (*entries.shape, key_blocks)
+    return *(gathered.rows(x) for x in (o, lse, correction_o, correction_lse)), block_mass.view(shape)
 
-    return (
-        rows_of(o),
-        rows_of(lse),
-        rows_of(correction_o),
-        rows_of(correction_lse),
-        block_mass.unflatten(0, (batch, heads)),
-    )
+
+def split_by_value(values, items):
+    """(value, items that have it) for each value; `values` is sorted."""
+    distinct, sizes = torch.unique_consecutive(values, return_counts=True)
+    return zip(distinct.tolist(), items.split(sizes.tolist()), strict=True)
 
 
 def fake(

@@ -8,17 +8,6 @@ from __future__ import annotations
 import torch
 
 
-def partial_state(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the last axis of scores (..., rows, keys), -inf where masked, and its product with values.
-
-    values (..., keys, D). Returns o (..., rows, D) and lse (..., rows), natural log.
-    """
-    shift = finite(scores.amax(-1))
-    weights = torch.exp(scores - shift[..., None])
-    total = weights.sum(-1)
-    return divide(weights @ values, total), shift + torch.log(total)
-
-
 def merge_states(o1, lse1, o2, lse2) -> tuple[torch.Tensor, torch.Tensor]:
     """The state over the union of two disjoint parts: (..., D) and (...). An output whose lse is -inf is ignored."""
     shift = finite(torch.maximum(lse1, lse2))
@@ -32,6 +21,6 @@ def finite(lse: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isneginf(lse), 0, lse)
 
 
-def divide(o: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """o (..., D) / total (...), 0 where the total is 0."""
-    return o / torch.where(total > 0, total, 1)[..., None]
+def divide(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """x (..., n) / total (...), 0 where the total is 0."""
+    return x / torch.where(total > 0, total, 1)[..., None]

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import torch
 
-from .attention_inputs import blocks_of, check_attention, count_kept, key_lengths, token_scale
+from .attention_inputs import check_attention, count_kept
+from .gathered_attention import GatheredAttention
 from .library import FLOAT_DTYPES, OpCost, define_op, itemsize, require, require_dtype, require_shape, symbols
-from .softmax_state import merge_states, partial_state
+from .softmax_state import merge_states
 
 NAME = "sparse_attention"
 B, H, Hkv, S, T, D, block, kept, b_q, b_v, b_o, b_state, lists = symbols(
     "B H Hkv S T D block kept b_q b_v b_o b_state lists"
 )
-
-# Elements of the largest buffer that one step of the reference may build, unless a single query block needs more.
-WORKSPACE = 1 << 20
 
 
 def check(
@@ -45,62 +43,26 @@ def check(
 def reference(
     q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len, state_o, state_lse, scale, block_size, dtype
 ):
-    """Gather the kept blocks of a few query blocks at a time: work falls with density, and nothing is S x T."""
-    batch, heads, tokens, depth = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    query_blocks = blocks_of(tokens, block_size)
-    lengths = key_lengths(kv_len, k)
-    q_rows, k_rows, v_rows = (x.reshape(-1, depth) for x in (q, k, v))
-    q_scales = None if q_scale is None else token_scale(q_scale, tokens, block_size).reshape(-1)
-    k_scales = None if k_scale is None else token_scale(k_scale, keys, block_size).reshape(-1)
-    within = torch.arange(block_size, device=q.device)
-
-    # One entry for each (batch, head, query block), longest lists first: entries of one step are alike in length.
-    entry = torch.arange(batch * heads * query_blocks, device=q.device).view(batch, heads, query_blocks)
-    list_rows = torch.arange(num_blocks.numel(), device=q.device).view(num_blocks.shape).expand_as(entry).reshape(-1)
-    counts = num_blocks.expand_as(entry).reshape(-1).long()
-    counts, order = counts.sort(descending=True, stable=True)
-    host_counts = counts.tolist()
-    flat_indices = indices.reshape(-1, indices.shape[-1])
-
-    o = q.new_zeros((entry.numel(), block_size, depth), dtype=torch.float32)
-    lse = q.new_full((entry.numel(), block_size), float("-inf"), dtype=torch.float32)
-    start = 0
+    """Gather the kept blocks of a few query blocks at a time."""
+    gathered = GatheredAttention(q, k, v, q_scale, k_scale, v_scale, kv_len, scale, block_size)
+    entries = gathered.entries
+    o = q.new_zeros((entries.numel(), block_size, q.shape[3]), dtype=torch.float32)
+    lse = q.new_full(o.shape[:2], float("-inf"), dtype=torch.float32)
+    list_of = torch.arange(num_blocks.numel(), device=q.device).view(num_blocks.shape).expand_as(entries).reshape(-1)
+    # Longest lists first: the entries of one step are alike in length.
+    counts, order = num_blocks.expand_as(entries).reshape(-1).sort(descending=True, stable=True)
+    host_counts, flat_indices, start = counts.tolist(), indices.reshape(-1, indices.shape[-1]), 0
     while start < len(host_counts) and host_counts[start] > 0:
-        most = host_counts[start]
-        step = max(1, WORKSPACE // (most * block_size * max(block_size, depth)))
-        entries, count = order[start : start + step], counts[start : start + step]
-        start += step
-        head_of = entries // query_blocks
-        batch_of = head_of // heads
-        kv_head = batch_of * kv_heads + (head_of % heads) // (heads // kv_heads)
-
-        listed = torch.arange(most, device=q.device) < count[:, None]
-        blocks = torch.where(listed, flat_indices[list_rows[entries], :most].long(), 0)
-        key = (blocks[..., None] * block_size + within).flatten(1)
-        valid = listed.repeat_interleave(block_size, 1) & (key < lengths[batch_of, None])
-        key = kv_head[:, None] * keys + key.clamp(max=keys - 1)
-        query = (entries % query_blocks)[:, None] * block_size + within
-        query = head_of[:, None] * tokens + query.clamp(max=tokens - 1)
-
-        q_step, k_step = q_rows[query].float(), k_rows[key].float()
-        if q_scales is not None:
-            q_step = q_step * q_scales[query][..., None]
-        if k_scales is not None:
-            k_step = k_step * k_scales[key][..., None]
-        scores = torch.bmm(q_step, k_step.mT) * scale
-        # What lies past the length may be anything: it must not reach the product, where 0 * NaN is NaN.
-        o[entries], lse[entries] = partial_state(
-            scores.masked_fill(~valid[:, None], float("-inf")),
-            v_rows[key].float().masked_fill(~valid[..., None], 0),
-        )
-    o = o.view(batch, heads, query_blocks * block_size, depth)[:, :, :tokens]
-    lse = lse.view(batch, heads, query_blocks * block_size)[:, :, :tokens].contiguous()
-    if v_scale is not None:
-        o = o * v_scale.repeat_interleave(heads // kv_heads, 1)[:, :, None]
+        longest = host_counts[start]
+        stop = start + gathered.step(longest)
+        listed = torch.arange(longest, device=q.device) < counts[start:stop, None]
+        blocks = torch.where(listed, flat_indices[list_of[order[start:stop]], :longest].long(), 0)
+        o[order[start:stop]], lse[order[start:stop]], _ = gathered.attend(order[start:stop], blocks, listed)
+        start = stop
+    o, lse = gathered.rows(o), gathered.rows(lse)
     if state_o is not None:
         o, lse = merge_states(o, lse, state_o.float(), state_lse)
-    return o.to(dtype).contiguous(), lse
+    return o.to(dtype), lse
 
 
 def fake(q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len, state_o, state_lse, scale, block_size, dtype):
