@@ -4,8 +4,8 @@
 
 x (..., K) float; smooth (K,) float32 or None; rotation (R, R) float32 or None, R divides K, applied to each group of R
 channels. Returns xq (..., K) in the format's dtype and xs (...,) float32. An all-zero row gives zero codes and a tiny
-scale. x' must be finite. One reciprocal a row and one product an element, rather than a quotient an element: a product
-rounds alike on every device, so codes agree bit for bit.
+scale. x' must be finite. One quotient a row and one product an element, rather than a quotient an element: products
+round alike on every device, so that codes agree bit for bit wherever the quotients do.
 """
 
 from __future__ import annotations
