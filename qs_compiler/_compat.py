@@ -7,6 +7,7 @@ Names of torch._inductor resolve on first use, so that importing this module (an
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "DeviceProperties": ("torch._inductor.runtime.hints", "DeviceProperties"),
     "ShapeEnv": ("torch.fx.experimental.symbolic_shapes", "ShapeEnv"),
     "CudaInterface": ("torch._dynamo.device_interface", "CudaInterface"),
-    "has_triton_tma_device": ("torch.utils._triton", "has_triton_tma_device"),
+    "triton_support": ("torch.utils._triton", None),
     "fake_tensor": ("torch._subclasses.fake_tensor", None),
 }
 
@@ -275,8 +276,15 @@ def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int,
     from torch.fx.passes.split_module import split_module
 
     split = split_module(module, None, lambda node: parts[node], keep_original_order=True)
+    _copy_placeholders(module, split)
+    for placeholder, old in zip(
+        split.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        placeholder.meta.update(old.meta)
     calls = {int(str(n.target).rsplit("_", 1)[1]): n for n in split.graph.find_nodes(op="call_module")}
     single = {part: _wrap_single_output(split.get_submodule(str(calls[part].target))) for part in shared}
+    for part in shared:
+        _pass_sizes(split, calls[part])
     for part, (identifier, body) in shared.items():
         call = calls[part]
         with split.graph.inserting_before(call):
@@ -289,12 +297,22 @@ def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int,
     for part, (_, body) in shared.items():
         if part != body:
             delattr(split, f"submod_{part}")
-    _copy_placeholders(module, split)
-    for placeholder, old in zip(
-        split.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True
-    ):
-        placeholder.meta.update(old.meta)
     return split
+
+
+def _pass_sizes(split: fx.GraphModule, call: fx.Node) -> None:
+    """Make every size input an operand of a body: torch 2.11 binds a body's symbols by its own operands alone."""
+    sizes = [p for p in split.graph.find_nodes(op="placeholder") if isinstance(p.meta.get("val"), torch.SymInt)]
+    missing = [p for p in sizes if p not in call.args]
+    body = split.get_submodule(str(call.target))
+    first = next(n for n in body.graph.nodes if n.op != "placeholder")
+    for size in missing:
+        with body.graph.inserting_before(first):
+            placeholder = body.graph.placeholder(size.name)
+        placeholder.meta["val"] = size.meta["val"]
+    if missing:
+        call.args = (*call.args, *missing)
+        body.recompile()
 
 
 def _wrap_single_output(body: fx.GraphModule) -> bool:
@@ -318,6 +336,21 @@ def _copy_placeholders(old: fx.GraphModule, new: fx.GraphModule) -> None:
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------
+
+_EAGER_GRAPHS = contextvars.ContextVar("quantsparse_eager_graphs", default=False)
+
+
+@contextlib.contextmanager
+def eager_graphs() -> Iterator[None]:
+    """Graphs that are built while this is open run node by node with the ops' references, uncompiled.
+
+    For sweeps over recipes, where compiling would take longer than running: the numbers are those of the references.
+    """
+    token = _EAGER_GRAPHS.set(True)
+    try:
+        yield
+    finally:
+        _EAGER_GRAPHS.reset(token)
 
 
 def compile_graph(

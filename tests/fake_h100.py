@@ -22,6 +22,13 @@ def always(value):
     return lambda *args, **kwargs: value
 
 
+def forget_answers():
+    """torch asks the device once for what it can do and keeps the answers."""
+    for function in vars(_compat.triton_support).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
 @contextlib.contextmanager
 def fake_h100(capability=(9, 0)):
     """CUDA calls that Inductor makes while it lowers answer as a device of this compute capability would."""
@@ -93,12 +100,12 @@ def fake_h100(capability=(9, 0)):
         patch(_compat.fake_tensor, init_gpu_context=always(None))
         active = getattr(triton.runtime.driver, "_active", None)
         triton.runtime.driver.set_active(driver)
-        _compat.has_triton_tma_device.cache_clear()
+        forget_answers()
         try:
             yield
         finally:
             triton.runtime.driver._active = active
-            _compat.has_triton_tma_device.cache_clear()
+            forget_answers()
 
 
 def on_cuda(value, sizes: dict[int, torch.SymInt]):
