@@ -28,13 +28,13 @@ class Video:
     Attributes:
         number: counter, unique in the process.
         num_steps: length of the run, or None where it is unknown.
-        caches: (anchor id, ordinal, occurrence, branch) -> CacheEntry.
+        caches: (anchor id, ordinal, branch, occurrence) -> CacheEntry.
     """
 
     def __init__(self, num_steps: int | None) -> None:
         self.number = next(_VIDEO_NUMBERS)
         self.num_steps = num_steps
-        self.caches: dict[Hashable, CacheEntry] = {}
+        self.caches: dict[tuple[Any, ...], CacheEntry] = {}
         self._seen: dict[Hashable, tuple[int, int]] = {}
         self._call = 0
 
@@ -153,6 +153,14 @@ class DenoisingRun:
             )
         self._last[branch] = index
         self._tracker.set(Signal(self._video, index, self._num_steps, branch))
+
+    def caches(self, branch: str | None = None) -> list[CacheEntry]:
+        """What the attention layers of `branch` hold, in the order in which they ran: block lists and residuals.
+
+        To look at, before the run is over; empty while every step was dense.
+        """
+        video = self._video
+        return [] if video is None else [entry for key, entry in video.caches.items() if key[2] == branch]
 
     def close(self) -> None:
         """End the video and free its caches."""
