@@ -9,6 +9,7 @@ from .backend import quantsparse
 from .dump import reports
 from .errors import QuantSparseError
 from .export import compress
+from .loading import load
 from .options import Recipe
 from .passes import register_pass
 from .pipeline import attach
@@ -24,6 +25,7 @@ __all__ = [
     "compress",
     "denoising",
     "invalidate",
+    "load",
     "register_pass",
     "reports",
 ]

@@ -2,7 +2,8 @@
 
     wan-w4a8-d25.qs/
       plan.json             format version, model class, config hash, sample of the source weights, recipe, versions,
-                            metrics, and per layer: kind, shape, activation, names of its tensors
+                            metrics, per layer its kind, shape, dtype, activation and names of its tensors, and the
+                            names of the other tensors of the model, if they are there
       model.safetensors     or model-00001-of-00003.safetensors ... and model.safetensors.index.json above 5 GB
 
 A folder is either whole or not there: it is written beside its place and moved in.
@@ -27,14 +28,15 @@ from torch import nn
 
 from .errors import ArtifactError, QuantSparseError
 from .ops.dequantize import check as check_dequantize
+from .ops.library import FLOAT_DTYPES
 from .options import Recipe
 from .packing import PackedWeight
+from .source_model import SAMPLES, check_shape, config_hash, rest_of, sample_weight, source_weight, unwrap
 from .tensor_files import SHARD_BYTES, TensorReader, write_tensors
 
 FORMAT = "quantsparse-artifact"
 VERSION = 1
 PLAN = "plan.json"
-SAMPLES = 16  # elements of each source weight that are kept to recognise it
 TENSOR_NAMES = ("wq", "ws", "multipliers", "smooth", "rotation")
 FLOAT_TENSORS = ("ws", "smooth", "rotation")
 
@@ -49,6 +51,10 @@ class Artifact:
         config_hash: of that model's config, see `config_hash`.
         layers: qualified name of a linear -> its packed weight. The biases stay the model's own.
         samples: qualified name of a linear -> values of some elements of its 16-bit weight, see `sample_weight`.
+        dtypes: qualified name of a linear -> dtype of its 16-bit weight.
+        rest: qualified name -> every other parameter and buffer of the model, so that it can be loaded without its
+            16-bit checkpoint (`load`); None if the artifact holds packed weights alone. Buffers that a checkpoint
+            leaves out (rope tables) are there too: another version, or a cast, might compute others.
         metrics: what calibration measured; JSON values.
         versions: of the packages that it was made with.
     """
@@ -58,6 +64,8 @@ class Artifact:
     config_hash: str
     layers: dict[str, PackedWeight] = dataclasses.field(default_factory=dict)
     samples: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
+    rest: dict[str, torch.Tensor] | None = None
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: package_versions())
 
@@ -68,20 +76,27 @@ class Artifact:
         recipe: Recipe,
         layers: Mapping[str, PackedWeight],
         metrics: Mapping[str, Any] | None = None,
+        *,
+        include_rest: bool = False,
     ) -> Artifact:
         """Describe `model`, whose linears named in `layers` were packed so.
+
+        Args:
+            include_rest: also hold the model's other tensors (not copied), which `load` needs.
 
         Raises:
             ArtifactError: the model has no linear of such a name and shape.
         """
-        model = _unwrap(model)
-        weights = {name: _source_weight(model, name, packed.shape) for name, packed in layers.items()}
+        model = unwrap(model)
+        weights = {name: source_weight(model, name, packed.shape) for name, packed in layers.items()}
         return cls(
             recipe=recipe,
             model_class=type(model).__name__,
             config_hash=config_hash(model),
             layers=dict(layers),
-            samples={name: sample_weight(weight) for name, weight in weights.items()},
+            samples={name: sample_weight(weight, name) for name, weight in weights.items()},
+            dtypes={name: weight.dtype for name, weight in weights.items()},
+            rest=rest_of(model, layers) if include_rest else None,
             metrics=dict(metrics or {}),
         )
 
@@ -112,7 +127,7 @@ class Artifact:
             work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
             new, old = work / "new", work / "old"
             new.mkdir()
-            write_tensors(new, self._tensors()[1], shard_bytes)
+            write_tensors(new, self._tensors()[2], shard_bytes)
             (new / PLAN).write_text(plan)
             if path.exists():
                 path.rename(old)
@@ -140,12 +155,16 @@ class Artifact:
         try:
             with TensorReader(path) as tensors:
                 layers = {name: _read_layer(name, entry, tensors) for name, entry in plan["layers"].items()}
+                names = plan["rest"]
+                rest = None if names is None else {name: tensors.read(stored) for name, stored in names.items()}
             return cls(
                 recipe=Recipe.from_dict(plan["recipe"]),
                 model_class=plan["model_class"],
                 config_hash=plan["config_hash"],
                 layers=layers,
                 samples={name: _read_samples(plan["samples"][name]) for name in layers},
+                dtypes={name: _read_dtype(plan["layers"][name]["dtype"]) for name in layers},
+                rest=rest,
                 metrics=plan["metrics"],
                 versions=plan["versions"],
             )
@@ -164,20 +183,31 @@ class Artifact:
         Raises:
             ArtifactError: another class, config or architecture; other weights, such as those of the other expert.
         """
-        model = _unwrap(model)
+        for name, weight in self.check_architecture(model).items():
+            self.check_weight(name, weight)
+
+    def check_architecture(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Make sure that `model` is built like the one that the artifact was made from; its weights need no values.
+
+        Returns:
+            the weight of each layer.
+
+        Raises:
+            ArtifactError: another class, config or architecture.
+        """
+        model = unwrap(model)
         if type(model).__name__ != self.model_class:
             raise ArtifactError(
                 f"the artifact was made from a {self.model_class}, this model is a {type(model).__name__}; "
                 "calibrate an artifact for it."
             )
-        weights = {name: _source_weight(model, name, packed.shape) for name, packed in self.layers.items()}
+        weights = {name: source_weight(model, name, packed.shape) for name, packed in self.layers.items()}
         if config_hash(model) != self.config_hash:
             raise ArtifactError(
                 f"the artifact was made from a {self.model_class} of another config; use the checkpoint that it was "
                 "calibrated on, or calibrate again."
             )
-        for name, weight in weights.items():
-            self.check_weight(name, weight)
+        return weights
 
     def check_weight(self, name: str, weight: torch.Tensor) -> None:
         """Make sure that `weight` is what the layer called `name` was packed from.
@@ -185,8 +215,8 @@ class Artifact:
         Raises:
             ArtifactError: it has no values, another shape or other values.
         """
-        _check_shape(name, weight, self.layers[name].shape)
-        now, then = (torch.tensor(v, dtype=torch.float64) for v in (sample_weight(weight), self.samples[name]))
+        check_shape(name, weight, self.layers[name].shape)
+        now, then = (torch.tensor(v, dtype=torch.float64) for v in (sample_weight(weight, name), self.samples[name]))
         # Half a unit in the last place of bfloat16 is 2^-9, of the smallest float16 numbers 2^-25.
         if not torch.allclose(now, then, rtol=2**-8, atol=2**-24):
             raise ArtifactError(
@@ -195,22 +225,26 @@ class Artifact:
                 "or calibrate again."
             )
 
-    def _tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, torch.Tensor]]:
-        """Names of the tensors of each layer, and the tensors; one that layers share is stored once."""
-        names: dict[str, dict[str, str]] = {}
+    def _tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, torch.Tensor]]:
+        """Names of the tensors of each layer, of the rest, and the tensors; one that is shared is stored once."""
         stored: dict[Any, str] = {}
         tensors: dict[str, torch.Tensor] = {}
-        for layer, packed in self.layers.items():
-            names[layer] = {}
-            for field, tensor in packed.tensors().items():
-                place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-                name = stored.setdefault(place, f"{layer}.{field}")
-                names[layer][field] = name
-                tensors[name] = tensor
-        return names, tensors
+
+        def store(name: str, tensor: torch.Tensor) -> str:
+            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            name = stored.setdefault(place, name) if tensor.numel() else name
+            tensors[name] = tensor
+            return name
+
+        layers = {
+            layer: {field: store(f"{layer}.{field}", tensor) for field, tensor in packed.tensors().items()}
+            for layer, packed in self.layers.items()
+        }
+        rest = {name: store(name, tensor) for name, tensor in (self.rest or {}).items()}
+        return layers, rest, tensors
 
     def _plan(self) -> dict[str, Any]:
-        names, _ = self._tensors()
+        names, rest, _ = self._tensors()
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -223,69 +257,15 @@ class Artifact:
                 layer: {
                     "kind": "linear",
                     "shape": list(packed.shape),
+                    "dtype": str(self.dtypes[layer]).removeprefix("torch."),
                     "activation": packed.activation,
                     "tensors": names[layer],
                 }
                 for layer, packed in self.layers.items()
             },
             "samples": self.samples,
+            "rest": None if self.rest is None else rest,
         }
-
-
-def config_hash(model: nn.Module) -> str:
-    """sha256 of the model's config without private keys such as `_diffusers_version`; of its shapes if it has none."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        config = config.to_dict()
-    if isinstance(config, Mapping):
-        described: Any = {k: v for k, v in config.items() if not k.startswith("_")}
-    else:
-        described = [(name, list(p.shape)) for name, p in model.named_parameters()]
-    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def sample_weight(weight: torch.Tensor) -> list[float]:
-    """SAMPLES elements of a weight at places that depend on its shape alone."""
-    flat = weight.detach().reshape(-1)
-    places = torch.arange(SAMPLES, device=flat.device) * (flat.numel() - 1) // (SAMPLES - 1)
-    values: list[float] = flat[places].double().tolist()
-    return values
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The module behind torch.compile's wrapper."""
-    inner = getattr(model, "_orig_mod", model)
-    if not isinstance(inner, nn.Module):
-        raise ArtifactError(f"an artifact belongs to a module, not to a {type(model).__name__}; pass pipe.transformer.")
-    return inner
-
-
-def _source_weight(model: nn.Module, name: str, shape: tuple[int, int]) -> torch.Tensor:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise ArtifactError(
-            f"the artifact holds a layer '{name}', which this {type(model).__name__} has not; use the checkpoint that "
-            "it was calibrated on."
-        ) from None
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise ArtifactError(
-            f"'{name}' is a {type(module).__name__} without a weight parameter: the model is compressed already, or "
-            "quantised by another library. Load the 16-bit model."
-        )
-    _check_shape(name, weight, shape)
-    return weight
-
-
-def _check_shape(name: str, weight: torch.Tensor, shape: tuple[int, int]) -> None:
-    if weight.is_meta:
-        raise ArtifactError(f"'{name}.weight' has no values (it is on the meta device); load the weights first.")
-    if tuple(weight.shape) != tuple(shape):
-        raise ArtifactError(
-            f"'{name}.weight' has shape {tuple(weight.shape)}, the artifact was made from one of {tuple(shape)}; "
-            "use the checkpoint that it was calibrated on."
-        )
 
 
 def package_versions() -> dict[str, str]:
@@ -352,3 +332,10 @@ def _read_samples(values: list[float]) -> list[float]:
     if len(values) != SAMPLES:
         raise ValueError(f"{len(values)} samples of a weight instead of {SAMPLES}")
     return [float(value) for value in values]
+
+
+def _read_dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if found not in FLOAT_DTYPES:
+        raise ValueError(f"{name!r} is no dtype of a weight")
+    return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ from torch import nn
 
 from .artifact import PLAN, Artifact
 from .backend import quantsparse_attached
-from .errors import ArtifactError, UnsupportedError
+from .errors import ArtifactError, OptionError, UnsupportedError
 from .options import BackendOptions, Recipe
 from .packed_linear import PackedLinear
-from .packing import why_not
+from .packing import PackedWeight, why_not
 from .runtime.tracker import modules_of, track
 
 EXPERTS = ("transformer", "transformer_2")
@@ -42,16 +44,24 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
         ArtifactError: the artifact is damaged or belongs to another model.
         OptionError: an unknown option, or one in conflict with the artifact.
         UnsupportedError: the model is attached already, is no module, or holds nothing to compress.
+
+    A model that owns packed weights and is not compiled yet (from `load(..., compile=False)`, or from diffusers with a
+    QuantSparseConfig) keeps them: attach compiles it and announces its steps.
     """
     modules = dict(zip(EXPERTS, modules_of(target), strict=False))
     artifacts = _artifacts(artifact, modules)
-    parsed, replacements = {}, {}
+    parsed: dict[str, BackendOptions] = {}
+    replacements: dict[str, Mapping[str, PackedWeight | Recipe]] = {}
     for name, module in modules.items():
-        if any(isinstance(m, PackedLinear) for m in module.modules()):
-            raise UnsupportedError(f"this {type(module).__name__} is attached already; load the 16-bit model again.")
         own = artifacts.get(name)
+        packed = [m for m in module.modules() if isinstance(m, PackedLinear)]
+        if packed and (own is not None or module in _COMPILED):
+            raise UnsupportedError(f"this {type(module).__name__} is attached already; load the 16-bit model again.")
         parsed[name] = BackendOptions.parse(options, artifact=own)
-        if own is not None:
+        if packed:
+            _check_packed(packed, parsed[name].recipe)
+            replacements[name] = {}
+        elif own is not None:
             own.check_model(module)
             replacements[name] = own.layers
         else:
@@ -63,9 +73,18 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
     for name, module in modules.items():
         replace_linears(module, replacements[name])
         if compile:
-            module.compile(backend=quantsparse_attached, options=_compile_options(parsed[name]))
-    _announce_steps(target, list(modules.values()), parsed)
+            compile_attached(module, parsed[name])
+    announce_steps(target, list(modules.values()), parsed)
     return target
+
+
+_COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def compile_attached(module: nn.Module, options: BackendOptions) -> None:
+    """Compile a module whose linears own their packed tensors."""
+    module.compile(backend=quantsparse_attached, options=_compile_options(options))
+    _COMPILED.add(module)
 
 
 def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
@@ -86,9 +105,7 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
 
 def repeated_lists(model: nn.Module) -> tuple[str, ...]:
     """Prefixes ("blocks.") of the outermost ModuleLists that hold several modules of one class."""
-    found = [
-        f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _repeats(m) and name
-    ]
+    found = [f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _repeats(m) and name]
     depth = min((name.count(".") for name in found), default=0)
     return tuple(name for name in found if name.count(".") == depth)
 
@@ -98,24 +115,44 @@ def _repeats(modules: nn.ModuleList) -> bool:
     return any(classes.count(c) > 1 for c in classes)
 
 
-def replace_linears(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Put a PackedLinear in the place of each named Linear; a Linear used under two names stays one module.
+def replace_linears(
+    model: nn.Module, layers: Mapping[str, Any], make: Callable[[str, nn.Linear, Any], PackedLinear] | None = None
+) -> None:
+    """Put a PackedLinear in the place of each named Linear, one after the other; under all its names, if it has more.
 
     Args:
         layers: name -> its PackedWeight, or the Recipe by which to round its weight.
+        make: (name, linear, what `layers` holds) -> its PackedLinear; on the linear's device by default.
     """
-    made: dict[int, PackedLinear] = {}
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
     for name, packed in layers.items():
-        linear = model.get_submodule(name)
-        if id(linear) not in made:
-            if isinstance(packed, Recipe):
-                new = PackedLinear.from_linear(linear, packed)
-            else:
-                new = PackedLinear(packed, linear.bias, linear.weight.dtype).train(linear.training)
-                new = new.to(linear.weight.device)
-            made[id(linear)] = new
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(linear)])
+        linear: Any = model.get_submodule(name)
+        if isinstance(linear, PackedLinear):
+            continue
+        new = (make or _packed_linear)(name, linear, packed)
+        for alias in aliases[id(linear)]:
+            parent, _, child = alias.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+
+
+def _packed_linear(name: str, linear: nn.Linear, packed: PackedWeight | Recipe) -> PackedLinear:
+    if isinstance(packed, Recipe):
+        return PackedLinear.from_linear(linear, packed)
+    new = PackedLinear(packed, linear.bias, linear.weight.dtype).train(linear.training)
+    return new.to(linear.weight.device)
+
+
+def _check_packed(packed: list[PackedLinear], recipe: Recipe) -> None:
+    """A recipe cannot change how a model is packed already."""
+    wanted = (recipe.weight_format == "int4", recipe.activation_format)
+    found = {(m.multipliers is not None, m.activation) for m in packed}
+    if recipe.format != "off" and wanted not in found:
+        raise OptionError(
+            f"the model's weights are packed already, and not as {recipe.format}; give the recipe that they were "
+            "packed with, such as recipe='w4a8-d25', or load the 16-bit model again."
+        )
 
 
 def _artifacts(artifact: Any, modules: Mapping[str, nn.Module]) -> dict[str, Artifact]:
@@ -149,12 +186,13 @@ def _compile_options(options: BackendOptions) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _announce_steps(target: Any, modules: list[nn.Module], options: Mapping[str, BackendOptions]) -> None:
+def announce_steps(target: Any, modules: list[nn.Module], options: Mapping[str, BackendOptions]) -> None:
+    """Hear the denoising steps of `target`, a pipeline that runs `modules` or itself the only one of them."""
     tracker = track(*modules)
-    try:
-        from .step_hook import PipelineSignal, listen, watch_scheduler
-    except ImportError:  # diffusers is not installed: a model of one's own, announced by `denoising`
+    if "diffusers" not in sys.modules:  # a model of one's own, announced by `denoising`
         return
+    from .step_hook import PipelineSignal, listen, watch_scheduler
+
     signal = PipelineSignal(tracker)
     heard = [listen(m, signal) for m in modules]
     scheduler = getattr(target, "scheduler", None)
@@ -166,4 +204,3 @@ def _announce_steps(target: Any, modules: list[nn.Module], options: Mapping[str,
                 "steps can be told from the model's inputs; use `qs_compiler.denoising` in a loop of your own.",
                 stacklevel=3,
             )
-
