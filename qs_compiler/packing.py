@@ -108,6 +108,20 @@ def pack_weight(
     return PackedWeight(wq, ws, multipliers, smooth, rotation, recipe.activation_format)
 
 
+def empty_packed_weight(shape: tuple[int, int], recipe: Recipe, device: str | torch.device) -> PackedWeight:
+    """A packed weight without values, of the shapes and dtypes that `pack_weight` gives an (N, K) weight."""
+    rows, columns = shape
+    ws = torch.empty(rows, device=device)
+    if recipe.weight_format == "int4":
+        wq = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+        groups = columns // math.gcd(columns, recipe.group_size)
+        multipliers = torch.empty(rows, groups, dtype=torch.uint8, device=device)
+        return PackedWeight(wq, ws, multipliers, activation=recipe.activation_format)
+    codes = torch.float8_e4m3fn if recipe.weight_format == "fp8" else torch.int8
+    wq = torch.empty(rows, columns, dtype=codes, device=device)
+    return PackedWeight(wq, ws, activation=recipe.activation_format)
+
+
 def _quantize_groups(w: torch.Tensor, group: int, powers_of_two: bool) -> tuple[torch.Tensor, ...]:
     """(N, K) float32 -> codes (N, K) int8 in -7..7, scales (N,) float32, multipliers (N, K/group) uint8."""
     w = w.unflatten(1, (-1, group))

@@ -189,7 +189,7 @@ def _compile_options(options: BackendOptions) -> dict[str, Any]:
 def announce_steps(target: Any, modules: list[nn.Module], options: Mapping[str, BackendOptions]) -> None:
     """Hear the denoising steps of `target`, a pipeline that runs `modules` or itself the only one of them."""
     tracker = track(*modules)
-    if "diffusers" not in sys.modules:  # a model of one's own, announced by `denoising`
+    if sys.modules.get("diffusers") is None:  # a model of one's own, announced by `denoising`
         return
     from .step_hook import PipelineSignal, listen, watch_scheduler
 
