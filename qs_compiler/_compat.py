@@ -359,22 +359,25 @@ def compile_graph(
     """compile_fx with config patches for this compile alone.
 
     Args:
-        inputs: real tensors; with `own_context` fake ones will do, so that caches need not exist yet.
+        inputs: one for each placeholder, in Dynamo's compile the real ones that it gave; what stands for an appended
+            input, and anything in a compile of its own, may be a fake tensor of another mode.
         own_context: the graph does not take part in the compile that Dynamo is doing (a phase compiled at its first
             call): its shapes are numbers and no guard may reach Dynamo.
     """
     from torch._inductor.compile_fx import compile_fx
 
+    if _EAGER_GRAPHS.get():
+        return module.forward
     if not own_context:
         _name_constants(module)
-        return compile_fx(module, list(inputs), config_patches=patches)
+        # Dynamo knows nothing of the appended inputs; left to AOTAutograd, their sizes would become symbols.
+        fake_mode = torch._guards.TracingContext.get().fake_mode
+        return compile_fx(module, [from_fake(t, fake_mode) if is_fake(t) else t for t in inputs], config_patches=patches)
     module.meta.pop("dynamo_compile_id", None)
-    with (
-        torch._guards.tracing(None),
-        torch._guards.compile_context(None),
-        torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False),
-    ):
-        return compile_fx(module, list(inputs), config_patches=patches)
+    fake_mode = FakeTensorMode()
+    fakes = [from_fake(t, fake_mode) if isinstance(t, torch.Tensor) else t for t in inputs]
+    with torch._guards.tracing(None), torch._guards.compile_context(None):
+        return compile_fx(module, fakes, config_patches=patches)
 
 
 def _name_constants(module: fx.GraphModule) -> None:

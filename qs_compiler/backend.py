@@ -22,10 +22,9 @@ from .lowering import collect_fallbacks, register_lowerings, source_files
 from .options import BackendOptions
 from .passes import PassContext, Phase, run_passes
 from .passes.manager import user_passes_fingerprint
-from .runtime.caches import Frame
 from .runtime.graph import CompiledGraph, Variant, raising
 from .runtime.schedule import Schedule
-from .runtime.weights import CallTimeWeights, packs_for_call
+from .runtime.weights import CallTimeWeights
 
 log = logging.getLogger("qs_compiler")
 
@@ -113,9 +112,6 @@ class GraphCompiler:
         )
         self.report.passes += run_passes(context, self.dump)
         examples = [node.meta["val"] for node in context.capture.placeholders[len(capture.inputs) :]]
-        if not own_context:  # Dynamo's compile makes its own fakes, so it wants real tensors: packed weights only
-            packs = packs_for_call([(p.index, p.recipe) for p in context.extra_inputs], args)
-            examples = [p.resolve(args, Frame(packs=packs)) for p in context.extra_inputs]
         start = time.perf_counter()
         with collect_fallbacks() as fallbacks:
             fn = _compat.compile_graph(

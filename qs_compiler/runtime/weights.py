@@ -100,7 +100,6 @@ class CallTimeWeights:
         pack = pack_of(self._args[index], recipe)
         nodes = {}
         for field, tensor in pack.tensors.items():
-            torch._dynamo.mark_static(tensor)
             provider = Packed(index, recipe, field)
             nodes[field] = context.add_input(f"{weight.name}_{field}", tensor, provider)
             context.packed_from[nodes[field]] = index
