@@ -140,7 +140,7 @@ def retrace_dynamo(module: fx.GraphModule) -> fx.GraphModule:
     """Dynamo's torch-level graph as flat pre-dispatch ATen, with the placeholders' Dynamo identity kept."""
     placeholders = module.graph.find_nodes(op="placeholder")
     values = [p.meta["example_value"] for p in placeholders]
-    fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+    fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
     source = copy_graph_module(module)
     for node in source.graph.find_nodes(op="call_function", target=torch._C._autograd._get_data_attr):
         # x.data escapes the tracer, which would bake a fake tensor into the graph; detach() is traced.
