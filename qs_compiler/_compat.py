@@ -380,6 +380,26 @@ def compile_graph(
         return compile_fx(module, fakes, config_patches=patches)
 
 
+@contextlib.contextmanager
+def generated_code() -> Iterator[list[str]]:
+    """Collect the texts that Inductor generates, or takes from its cache, in this block."""
+    from torch._inductor.graph import GraphLowering
+
+    codes: list[str] = []
+    before = GraphLowering.save_output_code
+
+    def save(code: str) -> None:
+        codes.append(code)
+        if before is not None:
+            before(code)
+
+    GraphLowering.save_output_code = staticmethod(save)
+    try:
+        yield codes
+    finally:
+        GraphLowering.save_output_code = before
+
+
 def _name_constants(module: fx.GraphModule) -> None:
     """AOTAutograd wants a source for every tensor that a module holds; tracing added constants of its own."""
     from torch._dynamo.source import ConstantSource

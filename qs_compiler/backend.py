@@ -113,12 +113,16 @@ class GraphCompiler:
         self.report.passes += run_passes(context, self.dump)
         examples = [node.meta["val"] for node in context.capture.placeholders[len(capture.inputs) :]]
         start = time.perf_counter()
-        with collect_fallbacks() as fallbacks:
+        with collect_fallbacks() as fallbacks, _compat.generated_code() as codes:
             fn = _compat.compile_graph(
                 context.capture.module, [*args, *examples], self._patches(), own_context=own_context
             )
         self.report.compile_seconds[phase.value] = round(time.perf_counter() - start, 3)
-        self.report.fallbacks += [f for f in fallbacks if f not in self.report.fallbacks]
+        for number, code in enumerate(codes):
+            self.dump.write(f"{phase.value}.output_code_{number}.py", code)
+        if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
+            fallbacks += _called_references(codes, {op for op, _ in fallbacks})
+        self.report.fallbacks += [f for f in dict.fromkeys(fallbacks) if f not in self.report.fallbacks]
         self.dump.write_report()
         if fallbacks and self.options.strict:
             text = "; ".join(f"{op}: {reason}" for op, reason in fallbacks)
@@ -156,6 +160,12 @@ class GraphCompiler:
                 f"strict=True, and {len(skipped)} operations stay uncompressed: {'; '.join(skipped[:5])}"
                 f"{'; ...' if len(skipped) > 5 else ''}. List them in the recipe's `keep`, or leave out strict."
             )
+
+
+def _called_references(codes: list[str], known: set[str]) -> list[tuple[str, str]]:
+    """Ops of ours that generated CUDA code calls eagerly; code from a cache was lowered elsewhere and gave no reason."""
+    called = {op for code in codes for op in re.findall(r"torch\.ops\.quantsparse\.(\w+)", code)}
+    return [(op, "the generated code calls its reference") for op in sorted(called - known)]
 
 
 def _model_name(module: fx.GraphModule) -> str:
