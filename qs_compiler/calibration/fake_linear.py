@@ -1,0 +1,107 @@
+"""Linears that compute as if packed, with gradients to what packing may choose.
+
+    x' = (x * smooth) blockdiag(rotation)      rounded per row as at run time
+    W' = (W / smooth) blockdiag(rotation)      rounded to steps = ratio * max|W'| / qmax, one a row and group
+
+Rounding passes gradients straight through; clipping does not. Smoothing scale and rotation belong to an input and are
+shared by the linears that read it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..ops.formats import TINY_AMAX, row_format
+from .transforms import Transform, cayley
+from .weight_grid import GridForm, WeightGrid, representable
+
+
+class LearnedTransform(nn.Module):
+    """A learnable Transform that starts as a given one.
+
+    Attributes:
+        log_smooth: (K,) logarithm of the smoothing scale.
+        skew: (R, R) parameter of the Cayley transform that follows the first rotation; zero leaves it as it is. None
+            without a rotation.
+    """
+
+    def __init__(self, start: Transform, channels: int, device: torch.device) -> None:
+        super().__init__()
+        smooth = torch.ones(channels, device=device) if start.smooth is None else start.smooth
+        self.log_smooth = nn.Parameter(smooth.log())
+        self.start = start.rotation
+        self.skew = None if start.rotation is None else nn.Parameter(torch.zeros_like(start.rotation))
+
+    def forward(self) -> Transform:
+        """The transform as it is now, differentiable."""
+        rotation = None if self.skew is None else cayley(self.skew, self.start)
+        return Transform(self.log_smooth.exp(), rotation)
+
+    @torch.no_grad()
+    def settled(self) -> Transform:
+        """The transform as it is now, for good."""
+        return self()
+
+
+class FakeLinear(nn.Module):
+    """The fake-quantised form of one linear.
+
+    Args:
+        linear: gives weight and bias, which stay as they are.
+        grid: where the steps start.
+        transform: of the input; None for a linear that is only stored low-bit.
+        activation: what the input is quantised to at run time.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, grid: WeightGrid, transform: LearnedTransform | None, activation: str
+    ) -> None:
+        super().__init__()
+        self.weight = linear.weight.detach().float()
+        self.bias = linear.bias
+        self.form: GridForm = grid.form
+        self.groups = grid.multipliers.shape[1]
+        self.transform, self.activation = transform, activation
+        with torch.no_grad():
+            self.log_ratio = nn.Parameter((grid.steps / self._largest_steps(self._transformed())).log())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., K) -> (..., N) in x's dtype."""
+        transform = Transform() if self.transform is None else self.transform()
+        w, grid = self._grid(transform)
+        codes = w.unflatten(1, (self.groups, -1)) / grid.steps[..., None]
+        codes = codes.clamp(-self.form.qmax, self.form.qmax)
+        codes = codes + (self.form.round(codes) - codes).detach()
+        rounded = fake_quantize_rows(transform.of_input(x), self.activation)
+        bias = None if self.bias is None else self.bias.detach().float()
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(rounded, grid.values(codes.flatten(1)), bias).to(x.dtype)
+
+    @torch.no_grad()
+    def grid(self) -> WeightGrid:
+        """The grid as it is now."""
+        return self._grid(Transform() if self.transform is None else self.transform())[1]
+
+    def _grid(self, transform: Transform) -> tuple[torch.Tensor, WeightGrid]:
+        w = transform.of_weight(self.weight)
+        return w, representable(self.log_ratio.exp() * self._largest_steps(w), self.form)
+
+    def _transformed(self) -> torch.Tensor:
+        return self.weight if self.transform is None else self.transform().of_weight(self.weight)
+
+    def _largest_steps(self, w: torch.Tensor) -> torch.Tensor:
+        """(N, G): steps with which nothing is clipped."""
+        return w.unflatten(1, (self.groups, -1)).abs().amax(-1).clamp(min=TINY_AMAX) / self.form.qmax
+
+
+def fake_quantize_rows(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """x (..., K) float32 as the run-time quantiser rounds it, gradients straight through."""
+    if activation == "none":
+        return x
+    form = row_format("fake_quantize_rows", activation)
+    amax = x.abs().amax(-1, keepdim=True).clamp(min=TINY_AMAX)
+    scaled = x * (form.qmax / amax)
+    rounded = scaled + (form.encode(scaled).float() - scaled).detach()
+    return rounded * (amax / form.qmax)
