@@ -23,7 +23,6 @@ from .options import BackendOptions
 from .passes import PassContext, Phase, run_passes
 from .passes.manager import user_passes_fingerprint
 from .runtime.graph import CompiledGraph, Variant, raising
-from .runtime.schedule import Schedule
 from .runtime.weights import CallTimeWeights
 
 log = logging.getLogger("qs_compiler")
@@ -97,9 +96,7 @@ class GraphCompiler:
         """Compile the dense phase now; refresh and sparse follow before the first step that needs them."""
         dense = self._variant(Phase.DENSE, self.capture.copy(), self.example_inputs, own_context=False)
         self._summarise(dense)
-        recipe = self.options.recipe
-        schedule = Schedule(self.options.interval, self.options.warmup)
-        return CompiledGraph(dense, self.build, self.capture, self.report, schedule, recipe.gain, self.options.strict)
+        return CompiledGraph(dense, self.build, self.capture, self.report, self.options)
 
     def build(self, phase: Phase, args: Sequence[Any]) -> Variant:
         """Compile `phase` for the shapes of `args`."""

@@ -7,13 +7,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..capture import Capture, Kind
 from ..dump import Report
-from ..errors import UnsupportedError
+from ..errors import DeviceError, UnsupportedError
 from ..passes.base import AttentionSite, PassContext, Phase
 from .caches import CacheEntry, Frame, tensor_version
 from .implicit import ImplicitSignal
@@ -21,6 +21,9 @@ from .inputs import Cached, Packed, Provider
 from .schedule import Schedule
 from .tracker import Signal, is_announced, signal_of
 from .weights import packs_for_call
+
+if TYPE_CHECKING:
+    from ..options import BackendOptions
 
 log = logging.getLogger("qs_compiler.runtime")
 
@@ -53,16 +56,18 @@ class CompiledGraph:
         dense: the compiled dense phase.
         build: compiles another phase for the shapes of a call.
         capture: the graph's inputs.
+        options: interval, warm-up, gain, strict and memory budget are read here.
     """
 
     def __init__(
-        self, dense: Variant, build: Build, capture: Capture, report: Report, schedule: Schedule, gain: str, strict: bool
+        self, dense: Variant, build: Build, capture: Capture, report: Report, options: BackendOptions
     ) -> None:
         self.dense, self._build, self._report = dense, build, report
-        self._schedule, self._gain, self._strict = schedule, gain, strict
+        self._schedule = Schedule(options.interval, options.warmup)
+        self._gain, self._strict, self._budget = options.recipe.gain, options.strict, options.memory_budget
         self._sizes = [i for i, x in enumerate(capture.inputs) if x.kind is Kind.SIZE]
         self._variants: dict[tuple[int, ...], tuple[Variant, Variant]] = {}
-        self._implicit = ImplicitSignal(capture.inputs, schedule.warmup)
+        self._implicit = ImplicitSignal(capture.inputs, options.warmup)
         self._lock = threading.RLock()
         self._warned = False
 
@@ -84,6 +89,7 @@ class CompiledGraph:
         for entry, spec in zip(entries, refresh.specs, strict=True):
             if entry.allocate(spec):
                 entry.refreshed_at = None
+        self._check_budget(signal)
         frame.scalars["new_video"] = any(e.refreshed_at is None for e in entries)
         for entry in entries:
             entry.refreshed_at = None  # void while it is being written
@@ -134,6 +140,16 @@ class CompiledGraph:
         if entry is None or entry.owner() is not owner:
             entry = signal.video.caches[key] = CacheEntry(weakref.ref(owner), tensor_version(owner))
         return entry
+
+    def _check_budget(self, signal: Signal) -> None:
+        if self._budget is None:
+            return
+        needed = sum(t.nbytes for e in signal.video.caches.values() for t in e.tensors.values())
+        if needed > self._budget:
+            raise DeviceError(
+                f"the residual caches of this video need at least {needed} bytes, and memory_budget is {self._budget}; "
+                "raise it, choose a smaller cache_format (int8, int4), or run with a dense recipe."
+            )
 
     def _gain_at(self, lag: int) -> float:
         """f(k) of C_k = D + f(k) lowrank(D - D_prev), k steps after the refresh."""
