@@ -65,9 +65,8 @@ def main() -> None:
     for form in ("outlined", "flat"):
         with tempfile.TemporaryDirectory() as cache:
             command = [sys.executable, __file__, "--blocks", str(args.blocks), "--child", form]
-            done = subprocess.run(
-                command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, capture_output=True, text=True, check=True
-            )
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         rows.append({"form": form, **json.loads(done.stdout.splitlines()[-1])})
         print(rows[-1], flush=True)
     result = {

@@ -372,7 +372,8 @@ def compile_graph(
         _name_constants(module)
         # Dynamo knows nothing of the appended inputs; left to AOTAutograd, their sizes would become symbols.
         fake_mode = torch._guards.TracingContext.get().fake_mode
-        return compile_fx(module, [from_fake(t, fake_mode) if is_fake(t) else t for t in inputs], config_patches=patches)
+        examples = [from_fake(t, fake_mode) if is_fake(t) else t for t in inputs]
+        return compile_fx(module, examples, config_patches=patches)
     module.meta.pop("dynamo_compile_id", None)
     fake_mode = FakeTensorMode()
     fakes = [from_fake(t, fake_mode) if isinstance(t, torch.Tensor) else t for t in inputs]

@@ -16,7 +16,7 @@ from torch import fx
 from . import _compat
 from .artifact import package_versions
 from .capture import Capture, capture_dynamo
-from .dump import GraphDump, Report, new_report
+from .dump import GraphDump, new_report
 from .errors import DeviceError, QuantSparseError, UnsupportedError
 from .lowering import collect_fallbacks, register_lowerings, source_files
 from .options import BackendOptions
@@ -160,7 +160,7 @@ class GraphCompiler:
 
 
 def _called_references(codes: list[str], known: set[str]) -> list[tuple[str, str]]:
-    """Ops of ours that generated CUDA code calls eagerly; code from a cache was lowered elsewhere and gave no reason."""
+    """Ops of ours that generated CUDA code calls eagerly; lowering gave no reason where the code is from a cache."""
     called = {op for code in codes for op in re.findall(r"torch\.ops\.quantsparse\.(\w+)", code)}
     return [(op, "the generated code calls its reference") for op in sorted(called - known)]
 

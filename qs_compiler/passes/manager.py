@@ -140,9 +140,10 @@ def user_passes_fingerprint() -> str | None:
             digest.update(inspect.getsource(target).encode())
         except (OSError, TypeError):
             return None
-        if isinstance(one, FunctionPass) and getattr(one.fn, "__closure__", None):
+        if isinstance(one, FunctionPass):
             try:
-                digest.update(repr([cell.cell_contents for cell in one.fn.__closure__]).encode())
+                cells = getattr(one.fn, "__closure__", None) or ()
+                digest.update(repr([cell.cell_contents for cell in cells]).encode())
             except ValueError:
                 return None
     return digest.hexdigest()

@@ -2,8 +2,8 @@
 
 Before:  add_7 = ...   # nodes of blocks.0
          add_19 = ...  # the same nodes again for blocks.1, blocks.2, ...
-After:   invoke_subgraph = torch.ops.higher_order.invoke_subgraph(submod_1, "quantsparse_0", hidden, weight_of_block_0)
-         invoke_subgraph_1 = torch.ops.higher_order.invoke_subgraph(submod_1, "quantsparse_0", getitem, weight_of_block_1)
+After:   invoke_subgraph = torch.ops.higher_order.invoke_subgraph(submod_1, "quantsparse_0", x, weight_of_block_0)
+         invoke_subgraph_1 = torch.ops.higher_order.invoke_subgraph(submod_1, "quantsparse_0", y, weight_of_block_1)
 
 The flat graph is split by the module stack of its nodes. Two blocks share a body only if their nodes, metadata,
 constants and wiring are equal; every call keeps its own weights and caches as operands.

@@ -57,7 +57,7 @@ def valid_length(mask: fx.Node, kv_shape: torch.Size) -> fx.Node | None:
     base = _strip(mask, _VIEWS)
     if _is(base, aten.masked_fill.Scalar):
         ones, hidden, fill = base.args[:3]
-        if fill is not False and fill != 0 or not _is_true(ones) or not _is(hidden, aten.ge.Tensor):
+        if (fill is not False and fill != 0) or not _is_true(ones) or not _is(hidden, aten.ge.Tensor):
             return None
         positions, length = hidden.args[:2]
     elif _is(base, aten.lt.Tensor):

@@ -117,8 +117,8 @@ class CompiledGraph:
         self._warned = True
         text = (
             f"recipe '{self._report.recipe}' runs dense while nothing says which denoising step this is. Use "
-            "qs_compiler.attach(pipe) for a diffusers pipeline, or `with qs_compiler.denoising(model, num_steps) as run:` "
-            "and run.step(i) before each forward of your own loop."
+            "qs_compiler.attach(pipe) for a diffusers pipeline, or in your own loop "
+            "`with qs_compiler.denoising(model, num_steps) as run:` and run.step(i) before each forward."
         )
         if self._strict:
             raise UnsupportedError(text)

@@ -62,7 +62,7 @@ class ImplicitSignal:
         if not self.usable:
             return None
         timestep, conditioning = args[self.timestep], args[self.conditioning]
-        if not isinstance(timestep, torch.Tensor) or timestep.numel() == 0 or not isinstance(conditioning, torch.Tensor):
+        if not all(isinstance(t, torch.Tensor) for t in (timestep, conditioning)) or timestep.numel() == 0:
             return None
         now = float(timestep.flatten()[0])
         if timestep.numel() > 1 and not bool((timestep == timestep.flatten()[0]).all()):

@@ -86,6 +86,6 @@ def clip(seed: int, steps: int, batch: int = 1, tokens: int = TOKENS) -> list[di
     inputs = []
     for i in range(steps):
         sigma = 1 - i / steps
-        x = sigma * noise + (1 - sigma) * target
-        inputs.append({"hidden_states": x, "timestep": torch.full((batch,), 1000 * sigma), "encoder_hidden_states": text})
+        x, timestep = sigma * noise + (1 - sigma) * target, torch.full((batch,), 1000 * sigma)
+        inputs.append({"hidden_states": x, "timestep": timestep, "encoder_hidden_states": text})
     return inputs

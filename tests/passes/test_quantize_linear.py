@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qs_compiler.packed_linear import PackedLinear
 from qs_compiler.options import Recipe
+from qs_compiler.packed_linear import PackedLinear
 from qs_compiler.passes.quantize_linear import QuantizeLinear
 from tests.passes.conftest import targets
 from tests.tolerances import relative_error
