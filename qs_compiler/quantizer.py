@@ -21,6 +21,7 @@ import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils.import_utils import is_accelerate_available
 from torch import nn
 
 from .errors import ArtifactError, UnsupportedError
@@ -83,6 +84,11 @@ class QuantSparseQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QuantSparseConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._recipes: dict[str, Recipe] = {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers builds a quantised model by accelerate, and blames something else where it is missing."""
+        if not is_accelerate_available():
+            raise UnsupportedError("packing a model while it is loaded needs accelerate; pip install accelerate.")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """diffusers' own default; without a dtype it would cast each tensor to that of its placeholder."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")  # diffusers loads quantised models by it
 
 import qs_compiler  # noqa: E402
 from qs_compiler import _compat  # noqa: E402

@@ -24,6 +24,8 @@ from tests.backend.models import make as tiny_dit
 from .models import MLPAttention, mlp_inputs, wan, wan_inputs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch.export.load of torch 2.11
+
 linear_op = torch.ops.quantsparse.linear.default
 dequantize_op = torch.ops.quantsparse.dequantize.default
 
