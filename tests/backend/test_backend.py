@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 
 import qs_compiler as qs
+from qs_compiler import _compat
 from qs_compiler.errors import ArtifactError, OptionError, RecipeError, UnsupportedError
 from tests.backend.models import RECIPE, ExoticDiT, TinyDiT, clip, make
 from tests.tolerances import relative_error
@@ -90,6 +91,25 @@ class TestLittleToRewrite:
     def test_an_empty_batch(self) -> None:
         model = make()
         assert compiled(model)(**clip(7, 1, batch=0)[0]).shape == (0, 320, 32)
+
+
+@pytest.mark.parametrize("given", [{"mode": "reduce-overhead"}, {"options": {"mode": "reduce-overhead"}}])
+def test_mode_and_fingerprint_go_with_this_compile_alone(given: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    seen = []
+
+    def record(module, inputs, patches, own_context):
+        seen.append(patches)
+        return module.forward
+
+    monkeypatch.setattr(_compat, "compile_graph", record)
+    before = (config.post_grad_custom_pre_pass, config.triton.cudagraphs)
+    torch.compile(make(), backend="quantsparse", **given)(**clip(7, 1)[0])
+    assert seen[0]["triton.cudagraphs"] is True
+    key = seen[0]["post_grad_custom_pre_pass"].uuid()
+    assert key is not None and "w8a8" in str(key)
+    assert (config.post_grad_custom_pre_pass, config.triton.cudagraphs) == before
 
 
 class TestCallerErrors:
