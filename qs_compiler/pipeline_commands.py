@@ -1,0 +1,118 @@
+"""What `quantsparse generate` and `quantsparse calibrate` do with a diffusers pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils import deprecation_utils, export_to_gif, export_to_video
+from rich.console import Console
+
+from .calibration import calibrate
+from .dump import reports
+from .errors import OptionError
+from .options import Recipe
+from .pipeline import attach
+
+DTYPES = ("bfloat16", "float16", "float32")
+SUFFIXES = (".gif", ".mp4")
+FRAMES_A_SECOND = 16
+# What from_pretrained calls the dtype: newer versions of diffusers warn of the old name, older ones ignore the new one.
+DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The pipeline, and how it is called.
+
+    Attributes:
+        model: folder or hub name.
+        dtype: of DTYPES.
+        call: what it is called with beside the prompt, for example num_inference_steps.
+    """
+
+    model: str
+    device: torch.device
+    dtype: str = "bfloat16"
+    call: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def load(self) -> Any:
+        """The pipeline, on its device.
+
+        Raises:
+            OptionError: an unknown dtype, or no such pipeline.
+        """
+        if self.dtype not in DTYPES:
+            raise OptionError(f"--dtype {self.dtype} is unknown; choose {', '.join(DTYPES)}.")
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(self.model, **{DTYPE: getattr(torch, self.dtype)})
+        except (OSError, ValueError) as error:
+            raise OptionError(f"'{self.model}' is no pipeline that diffusers can load: {error}") from error
+        return pipe.to(self.device)
+
+
+def generate(
+    source: Source, prompt: str, output: Path, recipe: Recipe | None, artifact: Path | None, seed: int, console: Console
+) -> None:
+    """Sample one clip, compressed, and write it.
+
+    Args:
+        output: a file of SUFFIXES.
+        recipe: None for the artifact's, or the default.
+
+    Raises:
+        OptionError: a kind of file that is not written, no such pipeline, or one that does not take the call.
+        ArtifactError: the artifact is damaged or belongs to another model.
+    """
+    if output.suffix not in SUFFIXES:
+        raise OptionError(f"a clip is written as {' or '.join(SUFFIXES)}, not as '{output.name}'.")
+    pipe = source.load()
+    attach(pipe, artifact, recipe=recipe)
+    first, start = len(reports()), time.perf_counter()
+    try:
+        generator = torch.Generator().manual_seed(seed)
+        result = pipe(prompt, generator=generator, output_type="pil", **source.call)
+    except TypeError as error:
+        raise OptionError(f"{type(pipe).__name__} cannot be called so: {error}.") from error
+    if not hasattr(result, "frames"):
+        raise OptionError(f"{type(pipe).__name__} makes no video; use it in Python: pipe = qs_compiler.attach(pipe).")
+    frames = result.frames[0]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".gif":
+        export_to_gif(frames, str(output), fps=FRAMES_A_SECOND)
+    else:
+        export_to_video(frames, str(output), fps=FRAMES_A_SECOND)
+    for report in reports()[first:]:
+        calls = ", ".join(f"{number} {phase}" for phase, number in report.calls.items())
+        console.print(f"[dim]{report.line()}; calls: {calls}", soft_wrap=True, highlight=False)
+    console.print(f"{len(frames)} frames in {time.perf_counter() - start:.0f} s: {output}", soft_wrap=True)
+
+
+def calibrate_pipeline(
+    source: Source, prompts: Path, output: Path, recipe: Recipe, samples: int, work: Path | None, console: Console
+) -> None:
+    """Calibrate a pipeline on prompts and save the artifact, or a folder with one for each of its experts.
+
+    Args:
+        prompts: a text file, one prompt a line.
+        samples: forwards that are kept of the denoising runs.
+        work: folder of finished blocks, from which a stopped calibration goes on.
+
+    Raises:
+        OptionError: no prompts, or no such pipeline.
+        ArtifactError: `output` is something else, or `work` holds another calibration.
+    """
+    try:
+        lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the prompts '{prompts}' cannot be read: {error}; give a text file, one a line.") from error
+    if not lines:
+        raise OptionError(f"'{prompts}' holds no prompt; write one a line.")
+    found = calibrate(source.load(), lines, recipe=recipe, output_dir=work, pipe_options=source.call, samples=samples)
+    for name, artifact in found.items() if isinstance(found, dict) else [("", found)]:
+        artifact.save(output / name)
+        console.print(f"{len(artifact.layers)} linears: {output / name}", soft_wrap=True)
