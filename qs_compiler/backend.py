@@ -22,6 +22,7 @@ from .lowering import collect_fallbacks, register_lowerings, source_files
 from .options import BackendOptions
 from .passes import PassContext, Phase, run_passes
 from .passes.manager import user_passes_fingerprint
+from .passes.quantize_linear import KEPT
 from .runtime.graph import CompiledGraph, Variant, raising
 from .runtime.weights import CallTimeWeights
 
@@ -151,7 +152,7 @@ class GraphCompiler:
         wanted = [by_name["quantize_linear"]]
         if self.options.recipe.density < 1:
             wanted.append(by_name["sparsify_attention"])
-        skipped = [f"{node}: {reason}" for p in wanted for node, reason in p.skipped]
+        skipped = [f"{node}: {reason}" for p in wanted for node, reason in p.skipped if reason != KEPT]
         if skipped:
             raise UnsupportedError(
                 f"strict=True, and {len(skipped)} operations stay uncompressed: {'; '.join(skipped[:5])}"

@@ -61,7 +61,9 @@ class Report:
 
     def line(self) -> str:
         """The one line that the first compile logs."""
-        skips = collections.Counter(reason for p in self.passes for _, reason in dict.fromkeys(p.skipped))
+        skips = collections.Counter(
+            reason for name in dict.fromkeys(p.name for p in self.passes) for _, reason in self.skipped(name)
+        )
         reasons = "; ".join(f"{n} x {reason}" for reason, n in skips.most_common(4))
         return (
             f"{self.model}: {self.recipe}, linears {self.linears[0]}/{self.linears[1]}, "

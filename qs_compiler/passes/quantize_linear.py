@@ -29,6 +29,7 @@ from .base import GraphPass, PassContext, PassResult
 from .outline_repeated_blocks import block_of, repeated_blocks
 
 aten = torch.ops.aten
+KEPT = "kept in 16 bit by the recipe"
 SMALL_ROWS = 32  # a 2-D input with fewer rows than this is a batch of embeddings (time, guidance, modulation)
 
 
@@ -97,15 +98,15 @@ def why_not(node: fx.Node, context: PassContext, blocks: dict[tuple[str, str], i
     index = context.input_index(weight)
     if not context.capture.inputs[index].owned:
         return "the weight is not a parameter"
+    layer = context.recipe.for_layer(context.owner_name(weight) or node.name)
+    if layer.format == "off":
+        return KEPT
     if not x.meta["val"].is_floating_point():
         return f"the input is {x.meta['val'].dtype}"
     if few_rows(x):
         return "one row per clip (time, guidance or modulation)"
     if blocks and block_of(node) not in blocks:
         return "outside the repeated blocks"
-    layer = context.recipe.for_layer(context.owner_name(weight) or node.name)
-    if layer.format == "off":
-        return "kept in 16 bit by the recipe"
     if layer.activation_format == "none":
         return f"'{layer.format}' is storage only; attach() stores it, a plain compile keeps the 16-bit weight"
     return None

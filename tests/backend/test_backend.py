@@ -160,6 +160,14 @@ class TestCallerErrors:
         with pytest.raises(UnsupportedError, match=r"linear \(embed\): .*`keep`"):
             compiled(make(), strict=True)(**clip(7, 1)[0])
 
+    @pytest.mark.usefixtures("eager_graphs")
+    def test_strict_takes_what_keep_names(self) -> None:
+        model, keep = make(), ["proj_*", "embed", "*modulation"]
+        inputs = clip(7, 1)[0]
+        out = compiled(model, strict=True, recipe={"format": "w8a8", "keep": keep})(**inputs)
+        assert relative_error(out, model(**inputs)) < 0.05
+        assert qs.reports()[-1].linears == (8, 13)
+
     def test_a_model_that_is_attached_already(self) -> None:
         model = qs.attach(make())
         with pytest.raises(UnsupportedError, match="attached already"):
