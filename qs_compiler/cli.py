@@ -210,6 +210,29 @@ def calibrate(
     calibrate_pipeline(source, prompts, output, parse_recipe(recipe), samples, work, out)
 
 
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .pt2 file.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A dense one, such as w8a8; the artifact's, else w8a8.")
+    ] = None,
+    artifact: Annotated[Path | None, typer.Option(help="A calibrated artifact.")] = None,
+    prompt: Annotated[str, typer.Option(help="Of the call whose shapes are exported.")] = "a video",
+    frames: Pixels = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    dtype: DtypeName = "bfloat16",
+    device: DeviceName = None,
+) -> None:
+    """Export the transformer of a diffusers pipeline, compressed, as a torch.export program."""
+    require("diffusers", "quantsparse export")
+    from .pipeline_commands import Source, export_transformer
+
+    source = Source(model, parse_device(device), dtype, pipeline_call(None, frames, height, width))
+    export_transformer(source, prompt, output, None if recipe is None else parse_recipe(recipe), artifact, out)
+
+
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if show:

@@ -1,4 +1,4 @@
-"""What `quantsparse generate` and `quantsparse calibrate` do with a diffusers pipeline."""
+"""What `quantsparse generate`, `calibrate` and `export` do with a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import diffusers
 import torch
 from diffusers.utils import deprecation_utils, export_to_gif, export_to_video
 from rich.console import Console
+from torch import nn
 
 from .calibration import calibrate
 from .dump import reports
 from .errors import OptionError
+from .export import compress
 from .options import Recipe
 from .pipeline import attach
+from .runtime.tracker import modules_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 SUFFIXES = (".gif", ".mp4")
@@ -116,3 +119,42 @@ def calibrate_pipeline(
     for name, artifact in found.items() if isinstance(found, dict) else [("", found)]:
         artifact.save(output / name)
         console.print(f"{len(artifact.layers)} linears: {output / name}", soft_wrap=True)
+
+
+def export_transformer(
+    source: Source, prompt: str, output: Path, recipe: Recipe | None, artifact: Path | None, console: Console
+) -> None:
+    """Export a pipeline's transformer for the shapes of one call, compress the program and save it.
+
+    Args:
+        output: a .pt2 file, for `torch.export.load` in a process that has imported qs_compiler.
+        recipe: a dense one; None for the artifact's, or the default.
+
+    Raises:
+        OptionError: a recipe with a density, no such pipeline, or one that does not take the call.
+        ArtifactError: the artifact is damaged or belongs to another model.
+    """
+    if output.suffix != ".pt2":
+        raise OptionError(f"an exported program is a .pt2 file, not '{output.name}'.")
+    pipe = source.load()
+    (transformer,) = modules_of(pipe)[:1]
+    inputs = _first_inputs(pipe, transformer, prompt, source.call)
+    with torch.no_grad():
+        program = compress(torch.export.export(transformer, (), inputs, strict=False), recipe=recipe, artifact=artifact)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch.export.save(program, output)
+    console.print(f"[dim]{reports()[-1].line()}", soft_wrap=True, highlight=False)
+    console.print(f"{type(transformer).__name__}, {output.stat().st_size / 1e6:.1f} MB: {output}", soft_wrap=True)
+
+
+def _first_inputs(pipe: Any, transformer: nn.Module, prompt: str, call: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the transformer in the first call of a run, which is cut short to one step."""
+    caught: list[dict[str, Any]] = []
+    hook = transformer.register_forward_pre_hook(lambda _, args, inputs: caught.append(inputs), with_kwargs=True)
+    try:
+        pipe(prompt, output_type="latent", **{**call, "num_inference_steps": 1})
+    except TypeError as error:
+        raise OptionError(f"{type(pipe).__name__} cannot be called so: {error}.") from error
+    finally:
+        hook.remove()
+    return caught[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
 import qs_compiler
 from qs_compiler import _compat, cli
@@ -178,6 +179,26 @@ def test_calibrate_needs_prompts(call, tmp_path, content):
         (tmp_path / "prompts.txt").write_text(content)
     status, _, stderr = call("calibrate", "pipe", "prompts.txt", "-o", "wan.qs")
     assert status == 1 and "prompts.txt" in stderr and "one a line" in stderr
+
+
+def test_export_saves_a_program_that_computes_as_the_transformer(call, pipeline):
+    size = [word for word in SIZE if word not in ("--steps", "3")]
+    status, stdout, stderr = call("export", "pipe", "-o", "wan.pt2", "-r", "w8a8", *size)
+    assert status == 0, stderr
+    assert "linears 20/" in stdout and "WanTransformer3DModel" in stdout
+    program = torch.export.load(pipeline / "wan.pt2")
+    assert not any("to_q.weight" in name for name in program.state_dict)
+    inputs = program.example_inputs[1]
+    with torch.no_grad():
+        (found,) = program.module()(**inputs)
+        (wanted,) = WanTransformer3DModel.from_pretrained(pipeline / "pipe" / "transformer")(**inputs)
+    assert 0 < (found - wanted).norm() / wanted.norm() < 0.05  # int8 rounding of weights and activations
+
+
+@pytest.mark.parametrize(("words", "cause"), [(["-o", "wan.bin"], ".pt2"), (["-o", "a.pt2", "-r", "w8a8-d25"], "w8a8")])
+def test_export_says_what_it_cannot_do(call, pipeline, words, cause):
+    status, _, stderr = call("export", "pipe", *words, *[word for word in SIZE if word not in ("--steps", "3")])
+    assert status == 1 and cause in stderr
 
 
 def test_version(call):

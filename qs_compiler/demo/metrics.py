@@ -75,8 +75,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
 def weight_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of a model's weights by class, as 16-bit storage would hold what is not packed.
 
-    Packed tensors count as they are, one that layers share once. Modules that the model wants in fp32 (`_keep_in_fp32_modules`) count 4 bytes an
-    element, whatever dtype it computes in here. Buffers that no checkpoint holds do not count.
+    Packed tensors count as they are, one that layers share once. Modules that the model wants in fp32
+    (`_keep_in_fp32_modules`) count 4 bytes an element, whatever dtype it computes in here. Buffers that no checkpoint
+    holds do not count.
     """
     lists = repeated_lists(model)
     fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())

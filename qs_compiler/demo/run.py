@@ -144,13 +144,13 @@ class Stages:
         """A stage of `total` calls of the model; yields what is told of each call before it is made."""
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("[dim]{task.fields[note]}"),
         )
         with self.timed(name), Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(f"{name:<22}", total=total, note="")
+            task = progress.add_task(f"{name:<19}", total=total, note="")
             begun = itertools.count()
             yield lambda note: progress.update(task, completed=next(begun), note=note)
             progress.update(task, completed=total, note="")
@@ -204,12 +204,11 @@ def _saying_what_compiles(demo: Demo, tell: Callable[[str], None]) -> Listener:
     first_refresh = Schedule(demo.recipe.interval, demo.recipe.warmup).first_refresh(demo.setting.num_steps)
     if demo.recipe.density >= 1:
         first_refresh = demo.setting.num_steps
-    compiles = {first_refresh: "compiling refresh and sparse", 0: "compiling dense"}
+    compiles = {first_refresh: "compiling refresh, sparse", 0: "compiling dense"}
     if first_refresh == 0:
-        compiles = {0: "compiling dense, refresh and sparse"}
+        compiles = {0: "compiling all phases"}
 
     def listener(step: int, branch: str) -> None:
-        note = compiles.pop(step, None)
-        tell(f"step {step + 1}, {branch}" + (f": {note}" if note else ""))
+        tell(compiles.pop(step, f"step {step + 1}, {branch}"))
 
     return listener
