@@ -1,16 +1,17 @@
 """Calibration: find the packed weights of a model from what flows through it.
 
-blockwise.py     `calibrate`: block by block over a model
+entry.py         `calibrate`;  settings.py: its options;  progress.py: its bar
 samples.py       the forwards that it is calibrated on
-walk.py          a model run up to the calls of its blocks, or a block up to its linears
-closed_form.py   the linears of a block one after the other: smoothing, rotation, range, rounding
-settings.py      the options;  state.py: finished blocks on disk;  progress.py: the bar
-smoothing.py, transforms.py, weight_grid.py, gptq.py      the quantisers
+blockwise.py     block by block over a model;  state.py: finished blocks on disk
+walk.py          a model run up to the calls of its blocks, or a block up to the calls of its linears
+closed_form.py   the linears of a block one after the other;  input_record.py: what they read
+                 smoothing.py, transforms.py, weight_grid.py, gptq.py: how they are quantised
+msad.py          distillation;  attention_maps.py: of attention;  fake_linear.py: through what
 """
 
 if __name__ != "qs_compiler.calibration":
     raise ImportError("import qs_compiler.calibration: the top-level calibration/ is a link for readers")
 
-from .blockwise import calibrate
+from .entry import calibrate
 
 __all__ = ["calibrate"]

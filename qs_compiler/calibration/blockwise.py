@@ -1,4 +1,4 @@
-"""`calibrate`: go through a model block by block, on its own denoising trajectories, and pack its linears.
+"""Go through a model block by block, on its own denoising trajectories, and pack its linears.
 
 Works on modules: a block is a member of an outermost ModuleList with several members of one class (the whole model,
 where there is none), its linears are nn.Linear modules, and how the model uses them is found by running it. There is
@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,81 +19,21 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..artifact import Artifact
-from ..errors import OptionError, UnsupportedError
+from ..errors import UnsupportedError
 from ..options import Recipe
-from ..packed_linear import PackedLinear
 from ..packing import PackedWeight
-from ..pipeline import EXPERTS, plan_layers, repeated_lists
-from ..runtime.tracker import modules_of
-from .closed_form import Compressed, InputRecord, InputRecorder, compress_linears, packed_forward
-from .msad import Target, learn_choices, make_target
-from .progress import Progress, show_progress
-from .samples import Sample, caught_samples, given_samples
+from ..pipeline import repeated_lists
+from .closed_form import Compressed, compress_linears, packed_forward
+from .input_record import InputRecord, InputRecorder
+from .msad import Distiller, Target, learn_choices, learn_rounding, make_target
+from .progress import Progress
+from .samples import Sample
 from .settings import Settings
 from .state import FinishedBlocks
+from .transforms import moved
 from .walk import Walk, replaced_forwards, stops_at, walking
 
 UNITS_OF_A_STEP = 3  # a step of distillation costs as much as so many forwards of the block
-
-
-def calibrate(
-    target: Any,
-    data: Any = None,
-    *,
-    recipe: str | Mapping[str, Any] | Recipe = "w4a8-d25",
-    output_dir: str | os.PathLike[str] | None = None,
-    run: Callable[[Any], Any] | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    pipe_options: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Any:
-    """Find the packed weights of a model from what really flows through it.
-
-    Block by block, in the order in which the model calls them: scales are searched, weights are rounded so that the
-    output of each linear changes least, and what the blocks before have spoilt is made good as far as it can be. The
-    model is left as it was.
-
-    Args:
-        target: a diffusers pipeline, or a module in full precision.
-        data: for a pipeline its prompts (strings, or dicts of what the pipeline is called with); for a module an
-            iterable of (args, kwargs), or of kwargs, of forwards.
-        recipe: a name, a dict or a Recipe.
-        output_dir: keeps each finished block, so that the same call goes on where it was killed, with the same result.
-        run: instead of `data`: a function that denoises with `target`, for a loop of one's own. It is called once.
-        seed: of everything that is drawn.
-        progress: whether to show a bar on stderr.
-        pipe_options: what the pipeline is called with beside the prompt, such as num_inference_steps, height, width.
-        options: see `Settings`.
-
-    Returns:
-        an Artifact; for a pipeline with two experts a dict {"transformer": ..., "transformer_2": ...}.
-
-    Raises:
-        OptionError: an unknown option, data that cannot be used.
-        RecipeError: an unknown or ill-typed recipe, or one that packs no weights.
-        UnsupportedError: the model is compressed already, or holds nothing to compress.
-        ArtifactError: output_dir holds another calibration.
-    """
-    settings, recipe = Settings.parse(options), Recipe.parse(recipe)
-    if callable(data) and run is None:
-        data, run = None, data
-    if (data is None) == (run is None):
-        raise OptionError("give either data (prompts, or inputs of forwards) or run, a function that denoises.")
-    modules = dict(zip(EXPERTS, modules_of(target), strict=False))
-    plans = {name: _plan(module, recipe) for name, module in modules.items()}
-    with contextlib.ExitStack() as modes:
-        for module in modules.values():
-            modes.enter_context(_evaluating(module))
-        samples = _samples(target, modules, data, run, dict(pipe_options or {}), settings, seed)
-        found = {}
-        for name, module in modules.items():
-            folder = None if output_dir is None else Path(output_dir)
-            folder = folder / name if folder is not None and len(modules) > 1 else folder
-            work = Calibration(module, recipe, plans[name], samples[name], settings, seed, folder)
-            with show_progress(work.units, progress) as shown:
-                found[name] = work.run(shown)
-    return found if len(found) > 1 else found[EXPERTS[0]]
 
 
 class Calibration:
@@ -112,7 +51,8 @@ class Calibration:
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
         self.settings, self.seed = settings, seed
-        self.device = next(model.parameters()).device
+        self.home = next(model.parameters()).device
+        self.device = torch.device(settings.device) if settings.device else self.home
         self.samples = samples
         key = {
             "recipe": recipe.to_dict(),
@@ -126,7 +66,7 @@ class Calibration:
     @property
     def units(self) -> int:
         """What the progress bar counts: forwards of a block that are to be done."""
-        return len(self.blocks) * len(self.samples) * (2 + UNITS_OF_A_STEP * self.settings.epochs)
+        return len(self.blocks) * len(self.samples) * (2 + UNITS_OF_A_STEP * self.settings.steps)
 
     def run(self, progress: Progress) -> Artifact:
         """Go through the blocks once."""
@@ -144,14 +84,15 @@ class Calibration:
                 name = self.blocks[block]
                 inputs = [Sample(c.args, c.kwargs, s.autocast) for c, s in zip(calls, self.samples * 2, strict=False)]
                 full, inputs = inputs[:count], inputs[-count:]
-                if name in metrics["blocks"]:  # a block that is called again
-                    targets = [run_block(block, s) for s in full]
-                    outputs = self._run_packed(block, layers, inputs)
-                else:
-                    index = len(metrics["blocks"])
-                    targets, outputs, own, measured = self._do_block(index, block, full, inputs, progress)
-                    layers.update(own)
-                    metrics["blocks"][name] = measured
+                with self._at_work(block):
+                    if name in metrics["blocks"]:  # a block that is called again
+                        targets = [self._run(block, s) for s in full]
+                        outputs = self._run_packed(block, layers, inputs)
+                    else:
+                        index = len(metrics["blocks"])
+                        targets, outputs, own, measured = self._do_block(index, block, full, inputs, progress)
+                        layers.update(own)
+                        metrics["blocks"][name] = measured
                 if len(metrics["blocks"]) == len(self.blocks):
                     break  # what follows the last block needs no computing
                 values = targets + outputs if quantized else targets
@@ -160,12 +101,9 @@ class Calibration:
         return Artifact.of(self.model, self.recipe, layers, metrics)
 
     def _walks(self) -> list[Walk]:
-        """One walk a sample, on the model's device."""
-        walks = []
-        for s in self.samples:
-            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.device), (s.args, s.kwargs))
-            walks.append(Walk(self.model, args, kwargs, self.blocks, s.context(self.device)))
-        return walks
+        """One walk a sample, where the model lies."""
+        samples = [sample.to(self.home) for sample in self.samples]
+        return [Walk(self.model, s.args, s.kwargs, self.blocks, s.context(self.home)) for s in samples]
 
     def _do_block(
         self, index: int, block: nn.Module, full: list[Sample], inputs: list[Sample], progress: Progress
@@ -183,11 +121,11 @@ class Calibration:
         progress.begin(name)
         linears = {n: self.model.get_submodule(n) for n in self.plan if _within(n, name)}
         recorder = InputRecorder(linears, self.settings.rows)
-        done = self.finished.load(index, name)
+        done = self.finished.load(index, name, self.home)
         targets: list[Target] = []
         for sample in full:
             with recorder if done is None else contextlib.nullcontext():
-                targets.append(make_target(functools.partial(run_block, block, sample), self.settings, done is None))
+                targets.append(make_target(functools.partial(self._run, block, sample), self.settings, done is None))
             progress.advance(1)
         if done is not None:
             packed, measured = done.layers, {k: v for k, v in done.metrics.items() if k != "key"}
@@ -196,7 +134,7 @@ class Calibration:
             found, measured = self._compress(index, block, linears, inputs, recorder.record, targets, progress)
             packed, outputs = found.packed, found.outputs
             self.finished.save(index, name, packed, measured)
-        progress.advance(len(inputs), measured["error"])
+        progress.advance(len(inputs), error=measured["error"])
         return [t.output for t in targets], outputs, packed, measured
 
     def _compress(
@@ -212,13 +150,19 @@ class Calibration:
         """Find the packed weights of a block: scales and ranges, distilled where that is wanted, then the rounding."""
         settings, choices, measured = self.settings, None, {}
         compress = functools.partial(compress_linears, block, linears, self.plan, inputs, record)
+
+        def report(loss: float) -> None:
+            progress.advance(UNITS_OF_A_STEP, loss=loss)
+
+        distiller = Distiller(block, inputs, targets, settings, self.seed + index, report)
         if settings.epochs:
             start = compress(dataclasses.replace(settings, rounding="nearest")).choices
-            report = functools.partial(progress.advance, UNITS_OF_A_STEP)
-            choices, measured["losses"] = learn_choices(
-                block, linears, start, inputs, targets, settings, self.seed + index, report
-            )
+            choices, measured["losses"] = learn_choices(distiller, linears, start)
         found = compress(settings, choices)
+        if settings.rounding == "learned":
+            found.packed, measured["losses_rounding"] = learn_rounding(distiller, linears, found)
+            found.outputs = self._run_packed(block, found.packed, inputs)
+        found.packed, found.outputs = moved(found.packed, self.home), self._at_home(found.outputs)
         measured["error"] = relative_error(found.outputs, [t.output for t in targets])
         return found, measured
 
@@ -228,15 +172,28 @@ class Calibration:
         def forward_of(packed: PackedWeight, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
             return lambda input: packed_forward(packed, input, linear.bias)
 
-        own = {n: self.model.get_submodule(n) for n in layers if _within(n, self.blocks[block])}
-        with replaced_forwards({linear: forward_of(layers[n], linear) for n, linear in own.items()}):
-            return [run_block(block, sample) for sample in inputs]
+        own = moved({n: p for n, p in layers.items() if _within(n, self.blocks[block])}, self.device)
+        linears = {n: self.model.get_submodule(n) for n in own}
+        with replaced_forwards({linear: forward_of(own[n], linear) for n, linear in linears.items()}):
+            return [self._run(block, sample) for sample in inputs]
 
+    def _run(self, block: nn.Module, sample: Sample) -> Any:
+        """The output of a block, without gradients, where the model lies."""
+        sample = sample.to(self.device)
+        with torch.no_grad(), sample.context(self.device)():
+            return self._at_home(block(*sample.args, **sample.kwargs))
 
-def run_block(block: nn.Module, sample: Sample) -> Any:
-    """The output of a block, without gradients."""
-    with torch.no_grad(), sample.context(next(block.parameters()).device)():
-        return block(*sample.args, **sample.kwargs)
+    @contextlib.contextmanager
+    def _at_work(self, block: nn.Module) -> Iterator[None]:
+        """While open, the block lies where it is computed."""
+        block.to(self.device)
+        try:
+            yield
+        finally:
+            block.to(self.home)
+
+    def _at_home(self, values: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.home), values)
 
 
 def relative_error(outputs: list[Any], targets: list[Any]) -> float:
@@ -247,16 +204,6 @@ def relative_error(outputs: list[Any], targets: list[Any]) -> float:
             miss += float((output.float() - target.float()).square().sum(dtype=torch.float64))
             power += float(target.float().square().sum(dtype=torch.float64))
     return (miss / max(power, 1e-300)) ** 0.5
-
-
-def _plan(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
-    """Names of the linears that are packed -> the recipe of each."""
-    if any(isinstance(m, PackedLinear) for m in model.modules()):
-        raise UnsupportedError(f"this {type(model).__name__} is compressed already; load the 16-bit model again.")
-    plan = plan_layers(model, recipe)
-    if not plan:
-        raise UnsupportedError(f"recipe '{recipe}' packs no linear of this {type(model).__name__}.")
-    return plan
 
 
 def _blocks(model: nn.Module, plan: Mapping[str, Recipe]) -> dict[nn.Module, str]:
@@ -273,41 +220,3 @@ def _within(name: str, block: str) -> bool:
     return not block or name.startswith(f"{block}.")
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout while open."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _samples(
-    target: Any,
-    modules: Mapping[str, nn.Module],
-    data: Any,
-    run: Callable[[Any], Any] | None,
-    pipe_options: dict[str, Any],
-    settings: Settings,
-    seed: int,
-) -> dict[str, list[Sample]]:
-    """The forwards that each module is calibrated on."""
-    if run is not None:
-        return caught_samples(modules, [lambda: run(target)], settings.samples, seed)
-    if isinstance(data, str) or not isinstance(data, Iterable):
-        raise OptionError(f"data must be a sequence of prompts or of forward inputs, not {type(data).__name__}.")
-    if isinstance(target, nn.Module):
-        (name, module), = modules.items()
-        return {name: given_samples(data, next(module.parameters()).device)}
-    runs = []
-    for number, prompt in enumerate(data):
-        call = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        generator = torch.Generator().manual_seed(seed + number)
-        call = {"generator": generator, "output_type": "latent", **pipe_options, **call}
-        runs.append(lambda call=call: target(**call))
-    if not runs:
-        raise OptionError("data holds no prompt.")
-    return caught_samples(modules, runs, settings.samples, seed)

@@ -7,7 +7,7 @@ follows, and its start where one does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ..errors import UnsupportedError
 from ..options import Recipe
 from ..packing import PackedWeight
-from ..passes.quantize_linear import SMALL_ROWS
 from .gptq import InputStatistics, gptq
+from .input_record import InputRecord, input_of, some_rows
 from .samples import Sample
 from .settings import Settings
 from .smoothing import search_smoothing
@@ -27,64 +27,6 @@ from .walk import Walk, stops_at, walking
 from .weight_grid import GridForm, WeightGrid, search_grid
 
 SEARCH_ROWS = 2048  # of all samples together: what the search for a smoothing scale reads
-
-
-@dataclasses.dataclass
-class InputRecord:
-    """What the linears of a block read in full precision.
-
-    Attributes:
-        rows: linear -> for each sample some rows of its input, (M, K); always the same positions of inputs alike.
-        groups: linears that read one and the same tensor, in the order of their calls.
-        few_rows: linears that read one row a clip (time or modulation) instead of tokens.
-    """
-
-    rows: dict[str, list[torch.Tensor]]
-    groups: list[list[str]]
-    few_rows: set[str]
-
-
-def some_rows(x: torch.Tensor, most: int) -> torch.Tensor:
-    """At most `most` rows of x (..., K) as (M, K), spread evenly; the choice depends on the shape alone."""
-    x = x.detach().reshape(-1, x.shape[-1])
-    return x if len(x) <= most else x[torch.arange(most, device=x.device) * len(x) // most]
-
-
-class InputRecorder:
-    """Collects an InputRecord while a block runs in full precision: open it around the forward of each sample."""
-
-    def __init__(self, linears: Mapping[str, nn.Linear], rows: int) -> None:
-        self.record = InputRecord({}, [], set())
-        self._linears, self._rows = linears, rows
-        self._handles: list[Any] = []
-        self._readers: dict[int, tuple[torch.Tensor, list[str]]] = {}
-
-    def __enter__(self) -> InputRecorder:
-        for name, linear in self._linears.items():
-
-            def read(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                self._read(name, args[0] if args else kwargs["input"])
-
-            self._handles.append(linear.register_forward_pre_hook(read, with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if not self.record.groups:
-            self.record.groups = [names for _, names in self._readers.values()]
-        self._readers.clear()
-
-    def _read(self, name: str, x: torch.Tensor) -> None:
-        # The tensor is held, so that no later one can take its address.
-        _, names = self._readers.setdefault(id(x), (x, []))
-        if name in names or any(name in others for _, others in self._readers.values()):
-            return  # a linear that is called twice is calibrated on its first input
-        names.append(name)
-        self.record.rows.setdefault(name, []).append(some_rows(x, self._rows).clone())
-        if x.dim() == 1 or (x.dim() == 2 and len(x) < SMALL_ROWS):
-            self.record.few_rows.add(name)
 
 
 def packed_forward(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -108,11 +50,25 @@ class Choice:
 
 @dataclasses.dataclass
 class Compressed:
-    """A compressed block: its packed weights and what led to them, by name; its outputs, one a sample."""
+    """A compressed block.
+
+    Attributes:
+        packed, choices: by the linear's name.
+        unrounded: the codes as they were before they were rounded, (N, K) float32.
+        outputs: one a sample.
+    """
 
     packed: dict[str, PackedWeight]
     choices: dict[str, Choice]
+    unrounded: dict[str, torch.Tensor]
     outputs: list[Any]
+
+
+def walk_block(block: nn.Module, sample: Sample, stops: Iterable[nn.Module]) -> Walk:
+    """A walk through a block, on the device where the block lies."""
+    device = next(block.parameters()).device
+    sample = sample.to(device)
+    return Walk(block, sample.args, sample.kwargs, stops, sample.context(device))
 
 
 def compress_linears(
@@ -137,26 +93,72 @@ def compress_linears(
         UnsupportedError: the forwards do not call the linears in one order.
     """
     names = {linear: name for name, linear in linears.items() if name in record.rows}
+    found = Compressed({}, dict(choices or {}), {}, [])
+    in_flight = settings.in_flight or len(samples)
+    with stops_at(names), torch.no_grad():
+        if len(samples) <= in_flight:
+            _side_by_side(block, names, recipes, samples, record, settings, found)
+        else:
+            _one_at_a_time(block, names, recipes, samples, record, settings, found)
+    return found
+
+
+def _side_by_side(
+    block: nn.Module,
+    names: Mapping[nn.Linear, str],
+    recipes: Mapping[str, Recipe],
+    samples: list[Sample],
+    record: InputRecord,
+    settings: Settings,
+    found: Compressed,
+) -> None:
+    """All samples wait at one linear, and go on together: one forward of the block a sample."""
     group_of = {name: group for group in record.groups for name in group}
-    found = Compressed({}, dict(choices or {}), [])
-    device = next(block.parameters()).device
-    walks = [Walk(block, s.args, s.kwargs, names, s.context(device)) for s in samples]
-    with stops_at(names), walking(walks), torch.no_grad():
+    linears = {name: linear for linear, name in names.items()}
+    walks = [walk_block(block, s, names) for s in samples]
+    with walking(walks):
         calls = [walk.advance() for walk in walks]
         while any(calls):
             linear = calls[0].module if calls[0] else None
             if any(call is None or call.module is not linear for call in calls):
                 raise UnsupportedError("the forwards of calibration call a block's linears in unlike order.")
-            name = names[linear]
-            inputs = [call.args[0] if call.args else call.kwargs["input"] for call in calls]
+            name, inputs = names[linear], [input_of(call) for call in calls]
             if name not in found.packed:
-                members = {n: linears[n] for n in group_of[name] if n not in found.packed}
                 rows = [some_rows(x, settings.rows) for x in inputs]
-                _compress_group(members, recipes, rows, record, settings, found)
+                _compress_group({n: linears[n] for n in group_of[name]}, recipes, rows, record, settings, found)
             outputs = [packed_forward(found.packed[name], x, linear.bias) for x in inputs]
             calls = [walk.advance(y) for walk, y in zip(walks, outputs, strict=True)]
     found.outputs = [walk.result for walk in walks]
-    return found
+
+
+def _one_at_a_time(
+    block: nn.Module,
+    names: Mapping[nn.Linear, str],
+    recipes: Mapping[str, Recipe],
+    samples: list[Sample],
+    record: InputRecord,
+    settings: Settings,
+    found: Compressed,
+) -> None:
+    """Every sample is run anew up to each group of linears: several forwards, the memory of one."""
+    linears = {name: linear for linear, name in names.items()}
+
+    def run(sample: Sample, until: str | None) -> Any:
+        """Rows of what the linear `until` reads; None: the output of the block."""
+        walk = walk_block(block, sample, names)
+        with walking([walk]):
+            call = walk.advance()
+            while call is not None and names[call.module] != until:
+                if names[call.module] not in found.packed:
+                    raise UnsupportedError("the forwards of calibration call a block's linears in unlike order.")
+                packed = found.packed[names[call.module]]
+                call = walk.advance(packed_forward(packed, input_of(call), call.module.bias))
+            return walk.result if call is None else some_rows(input_of(call), settings.rows)
+
+    for group in record.groups:
+        rows = [run(sample, group[0]) for sample in samples]
+        _compress_group({n: linears[n] for n in group}, recipes, rows, record, settings, found)
+    found.outputs = [run(sample, None) for sample in samples]
 
 
 def _compress_group(
@@ -182,15 +184,19 @@ def _compress_group(
             statistics.add(transform.of_input(x), transform.quantized_input(y, activation))
         for name in alike:
             w = transform.of_weight(weights[name])
-            if settings.rounding == "gptq":
+            if settings.rounding != "nearest":
                 w = statistics.corrected(w, settings.damping)
             if name not in found.choices:
                 form = GridForm.of(recipes[name])
                 grid = search_grid(w, form, form.groups(w.shape[1], recipes[name]), statistics.importance())
                 found.choices[name] = Choice(transform, grid, activation)
             grid = found.choices[name].grid
-            codes = gptq(w, grid, statistics.damped(settings.damping)) if settings.rounding == "gptq" else grid.codes(w)
-            found.packed[name] = grid.pack(codes, transform, activation)
+            if settings.rounding == "nearest":
+                codes = grid.unrounded(w)
+            else:
+                codes = gptq(w, grid, statistics.damped(settings.damping))
+            found.unrounded[name] = codes
+            found.packed[name] = grid.pack(grid.form.round(codes), transform, activation)
 
 
 def _find_transform(

@@ -2,9 +2,11 @@
 
     x' = (x * smooth) blockdiag(rotation)      rounded per row as at run time
     W' = (W / smooth) blockdiag(rotation)      rounded to steps = ratio * max|W'| / qmax, one a row and group
+    ratio = start * sigmoid(clip) / sigmoid(4)         clip starts at 4
 
 Rounding passes gradients straight through; clipping does not. Smoothing scale and rotation belong to an input and are
-shared by the linears that read it.
+shared by the linears that read it. The form of the ratio is FlatQuant's (arXiv 2410.09426), whose learning rates are
+those of QuantSparse; it lets a range shrink by much and grow by little.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops.formats import TINY_AMAX, row_format
+from ..packing import PackedWeight
 from .transforms import Transform, cayley
 from .weight_grid import GridForm, WeightGrid, representable
+
+OPEN = 4.0
 
 
 class LearnedTransform(nn.Module):
@@ -60,12 +65,14 @@ class FakeLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = linear.weight.detach().float()
-        self.bias = linear.bias
+        self.bias = None if linear.bias is None else linear.bias.detach()
         self.form: GridForm = grid.form
-        self.groups = grid.multipliers.shape[1]
+        self.top, self.groups = grid.multipliers.amax(1), grid.multipliers.shape[1]
         self.transform, self.activation = transform, activation
         with torch.no_grad():
-            self.log_ratio = nn.Parameter((grid.steps / self._largest_steps(self._transformed())).log())
+            w = self.weight if transform is None else transform().of_weight(self.weight)
+            self.start = grid.steps / self._largest_steps(w)
+        self.clip = nn.Parameter(torch.full_like(self.start, OPEN))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N) in x's dtype."""
@@ -74,10 +81,7 @@ class FakeLinear(nn.Module):
         codes = w.unflatten(1, (self.groups, -1)) / grid.steps[..., None]
         codes = codes.clamp(-self.form.qmax, self.form.qmax)
         codes = codes + (self.form.round(codes) - codes).detach()
-        rounded = fake_quantize_rows(transform.of_input(x), self.activation)
-        bias = None if self.bias is None else self.bias.detach().float()
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(rounded, grid.values(codes.flatten(1)), bias).to(x.dtype)
+        return _linear(x, transform, self.activation, grid.values(codes.flatten(1)), self.bias)
 
     @torch.no_grad()
     def grid(self) -> WeightGrid:
@@ -86,14 +90,48 @@ class FakeLinear(nn.Module):
 
     def _grid(self, transform: Transform) -> tuple[torch.Tensor, WeightGrid]:
         w = transform.of_weight(self.weight)
-        return w, representable(self.log_ratio.exp() * self._largest_steps(w), self.form)
-
-    def _transformed(self) -> torch.Tensor:
-        return self.weight if self.transform is None else self.transform().of_weight(self.weight)
+        ratio = self.start * (self.clip.sigmoid() / torch.full_like(self.clip, OPEN).sigmoid())
+        return w, representable(ratio * self._largest_steps(w), self.form, self.top)
 
     def _largest_steps(self, w: torch.Tensor) -> torch.Tensor:
         """(N, G): steps with which nothing is clipped."""
         return w.unflatten(1, (self.groups, -1)).abs().amax(-1).clamp(min=TINY_AMAX) / self.form.qmax
+
+
+class RoundedLinear(nn.Module):
+    """A linear with learnable codes, on a grid and for an input transform that are settled.
+
+    Args:
+        linear: gives the bias.
+        codes: (N, K) float32 in units of the steps, not rounded.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, codes: torch.Tensor, grid: WeightGrid, transform: Transform, activation: str
+    ) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(codes.clone())
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.grid, self.transform, self.activation = grid, transform, activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., K) -> (..., N) in x's dtype."""
+        inside = self.codes.clamp(-self.grid.form.qmax, self.grid.form.qmax)
+        codes = inside + (self.grid.form.round(inside) - inside).detach()
+        return _linear(x, self.transform, self.activation, self.grid.values(codes), self.bias)
+
+    @torch.no_grad()
+    def pack(self) -> PackedWeight:
+        """The packed weight that computes what this module does."""
+        return self.grid.pack(self.grid.form.round(self.codes), self.transform, self.activation)
+
+
+def _linear(
+    x: torch.Tensor, transform: Transform, activation: str, w: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    rounded = fake_quantize_rows(transform.of_input(x), activation)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(rounded, w, None if bias is None else bias.float()).to(x.dtype)
 
 
 def fake_quantize_rows(x: torch.Tensor, activation: str) -> torch.Tensor:

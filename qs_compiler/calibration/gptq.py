@@ -55,11 +55,14 @@ class InputStatistics:
 
 @torch.no_grad()
 def gptq(w: torch.Tensor, grid: WeightGrid, hessian: torch.Tensor) -> torch.Tensor:
-    """Round `w` onto `grid` so that its product with the inputs changes least; the codes, (N, K) float32.
+    """Choose codes on `grid` so that the product of `w` with the inputs changes least.
 
     Args:
         w: (N, K) float32.
         hessian: (K, K) float64, positive definite.
+
+    Returns:
+        (N, K) float32 in units of the steps, each still unrounded: `grid.form.round` gives the codes.
     """
     rows, columns = w.shape
     order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -68,15 +71,14 @@ def gptq(w: torch.Tensor, grid: WeightGrid, hessian: torch.Tensor) -> torch.Tens
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     w = w[:, order].clone()
-    codes = torch.empty_like(w)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         part, errors = w[:, start:end], w.new_empty(rows, end - start)
         for i in range(end - start):
             column = start + i
-            codes[:, column] = grid.form.round(part[:, i] / steps[:, column])
-            error = (part[:, i] - codes[:, column] * steps[:, column]) / factor[column, column]
+            rounded = grid.form.round(part[:, i] / steps[:, column]) * steps[:, column]
+            error = (part[:, i] - rounded) / factor[column, column]
             part[:, i + 1 :].addr_(error, factor[column, column + 1 : end], alpha=-1)
             errors[:, i] = error
         w[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return codes[:, order.argsort()]
+    return (w / steps)[:, order.argsort()]

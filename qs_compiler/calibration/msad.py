@@ -6,7 +6,7 @@ L_quant is the squared error of the block's output, L_global and L_local those o
 attention_maps.py, all against the full-precision model. Each term is divided by its value before the first step, so
 that the lambdas compare terms of one size whatever the model; the paper reaches the same by choosing them for each.
 Learnt are smoothing scales and rotations (lr 5e-3) and ranges (lr 5e-2) with AdamW on a cosine; weights stay as they
-are.
+are. Beyond the paper the same loss can then choose the rounding of the weights.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..packing import PackedWeight
 from .attention_maps import AttentionInputs, AttentionTap, global_map, local_map, salient_tokens
-from .closed_form import Choice
-from .fake_linear import FakeLinear, LearnedTransform
+from .closed_form import Choice, Compressed
+from .fake_linear import FakeLinear, LearnedTransform, RoundedLinear
 from .samples import Sample
 from .settings import Settings
 from .walk import replaced_forwards
 
-TINY = 1e-30  # a term that is 0 before the first step stays out of the loss
+Losses = dict[str, list[float]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,14 +59,14 @@ def make_target(block: Callable[[], Any], settings: Settings, maps: bool) -> Tar
     """Run the full-precision block once; its attention maps are kept where `maps` and the settings want them."""
     with AttentionTap() as tap:
         output = block()
-    maps = maps and settings.epochs > 0 and settings.lambda_global + settings.lambda_local > 0
+    maps = maps and settings.steps > 0 and settings.lambda_global + settings.lambda_local > 0
     return Target(output, [MapTargets.of(a, settings) for a in tap.seen] if maps else [])
 
 
 def losses(output: Any, seen: list[AttentionInputs], target: Target, settings: Settings) -> torch.Tensor:
     """(3,) float32: mean squared errors of the output, of the pooled maps, of the salient rows; 0 where not wanted."""
     pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(target.output), strict=True)
-    misses = [(o.float() - t.float()).square().flatten() for o, t in pairs if isinstance(t, torch.Tensor)]
+    misses = [(o.float() - t.to(o).float()).square().flatten() for o, t in pairs if isinstance(t, torch.Tensor)]
     found = [torch.cat(misses).mean()]
     zero = found[0].new_zeros(())
     for weight, kind in ((settings.lambda_global, "pooled"), (settings.lambda_local, "salient")):
@@ -81,96 +82,109 @@ def losses(output: Any, seen: list[AttentionInputs], target: Target, settings: S
 
 
 def learn_choices(
-    block: nn.Module,
-    linears: Mapping[str, nn.Linear],
-    choices: Mapping[str, Choice],
-    samples: list[Sample],
-    targets: list[Target],
-    settings: Settings,
-    seed: int,
-    report: Callable[[float], None],
-) -> tuple[dict[str, Choice], dict[str, list[float]]]:
-    """Distil one block: transforms and grids that bring it nearer to full precision.
-
-    Args:
-        choices: where they start.
-        samples: inputs of the block.
-        targets: one a sample.
-        seed: of the order of the samples.
-        report: told the loss after each step.
-
-    Returns:
-        the choices, and the mean losses of output, global and local maps {"before": [...], "after": [...]}. Where
-        their weighted sum did not fall, the choices are those of the start.
-    """
-    transforms = {
+    distiller: Distiller, linears: Mapping[str, nn.Linear], choices: Mapping[str, Choice]
+) -> tuple[dict[str, Choice], Losses]:
+    """Learn the transforms and the ranges of a block, starting from `choices`; weights count as rounded to nearest."""
+    settings = distiller.settings
+    learned = {
         c.transform: LearnedTransform(c.transform, linears[n].in_features, c.grid.ws.device)
         for n, c in choices.items()
         if c.activation != "none"
     }
     students = {
-        linears[n]: FakeLinear(linears[n], c.grid, transforms.get(c.transform), c.activation)
-        for n, c in choices.items()
+        n: FakeLinear(linears[n], c.grid, learned.get(c.transform), c.activation) for n, c in choices.items()
     }
-    measured = distill(block, students, samples, targets, settings, seed, report)
-    weights = torch.tensor([1.0, settings.lambda_global, settings.lambda_local])
-    before, after = (torch.tensor(measured[k]) for k in ("before", "after"))
-    if not bool((after / before.clamp(min=TINY) * weights).sum() < weights[before > 0].sum()):
-        return dict(choices), measured
-    settled = {old: new.settled() for old, new in transforms.items()}
+    groups = [
+        {"params": [p for t in learned.values() for p in t.parameters()], "lr": settings.lr_transform},
+        {"params": [s.clip for s in students.values()], "lr": settings.lr_range},
+    ]
+    losses = distiller.learn({linears[n]: s for n, s in students.items()}, groups, settings.epochs)
+    settled = {old: new.settled() for old, new in learned.items()}
     return {
-        n: Choice(settled.get(c.transform, c.transform), students[linears[n]].grid(), c.activation)
-        for n, c in choices.items()
-    }, measured
+        n: Choice(settled.get(c.transform, c.transform), students[n].grid(), c.activation) for n, c in choices.items()
+    }, losses
 
 
-def distill(
-    block: nn.Module,
-    students: Mapping[nn.Linear, FakeLinear],
-    samples: list[Sample],
-    targets: list[Target],
-    settings: Settings,
-    seed: int,
-    report: Callable[[float], None],
-) -> dict[str, list[float]]:
-    """Learn the parameters of `students` in place, with the block's linears computing through them."""
-    device = next(block.parameters()).device
-    weights = torch.tensor([1.0, settings.lambda_global, settings.lambda_local], device=device)
+def learn_rounding(
+    distiller: Distiller, linears: Mapping[str, nn.Linear], found: Compressed
+) -> tuple[dict[str, PackedWeight], Losses]:
+    """Learn which way each weight of a block is rounded, starting from what GPTQ found.
 
-    def measure(sample: Sample, target: Target) -> torch.Tensor:
-        with replaced_forwards({linear: s.forward for linear, s in students.items()}), sample.context(device)():
-            with AttentionTap() as tap:
-                output = block(*sample.args, **sample.kwargs)
-            return losses(output, tap.seen, target, settings)
+    As in AdaRound (arXiv 2004.10568), but with straight-through gradients, and free to move further than to the
+    neighbour.
+    """
+    settings, choices = distiller.settings, found.choices
+    students = {
+        n: RoundedLinear(linears[n], codes, choices[n].grid, choices[n].transform, choices[n].activation)
+        for n, codes in found.unrounded.items()
+    }
+    groups = [{"params": [s.codes for s in students.values()], "lr": settings.lr_rounding}]
+    losses = distiller.learn({linears[n]: s for n, s in students.items()}, groups, settings.epochs_rounding)
+    return {n: s.pack() for n, s in students.items()}, losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Distiller:
+    """One block, what it gets and what it should give.
+
+    Attributes:
+        samples: inputs of the block, with the blocks before it compressed.
+        targets: one a sample.
+        seed: of the order of the samples.
+        report: told the loss after each step.
+    """
+
+    block: nn.Module
+    samples: list[Sample]
+    targets: list[Target]
+    settings: Settings
+    seed: int
+    report: Callable[[float], None]
+
+    def learn(
+        self, students: Mapping[nn.Linear, nn.Module], groups: list[dict[str, Any]], epochs: int
+    ) -> Losses:
+        """Learn the parameters in `groups` (AdamW's), with the block's linears computing through `students`.
+
+        Returns:
+            mean losses of output, global and local maps {"before": [...], "after": [...]}. Where their weighted sum
+            has not fallen, the parameters are those of the start.
+        """
+        forwards = {linear: s.forward for linear, s in students.items()}
+        groups = [group for group in groups if group["params"] and group["lr"] > 0]
+        flat = [p for group in groups for p in group["params"]]
+        start = [p.detach().clone() for p in flat]
+        before = self._mean(forwards)
+        scale = torch.tensor([1.0, self.settings.lambda_global, self.settings.lambda_local], device=before.device)
+        scale = torch.where(before > 0, scale / before, 0.0)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(self.samples))
+        draw = torch.Generator().manual_seed(self.seed)
+        for _ in range(epochs):
+            for i in torch.randperm(len(self.samples), generator=draw).tolist():
+                with torch.enable_grad():
+                    loss = (self._losses(forwards, i) * scale).sum()
+                    # Not backward(): the block's own parameters get no gradients.
+                    gradients = torch.autograd.grad(loss, flat, allow_unused=True)
+                for parameter, gradient in zip(flat, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                schedule.step()
+                self.report(float(loss.detach()))
+        after = self._mean(forwards)
+        if not bool((after * scale).sum() < (before * scale).sum()):
+            with torch.no_grad():
+                for parameter, value in zip(flat, start, strict=True):
+                    parameter.copy_(value)
+        return {"before": before.tolist(), "after": after.tolist()}
+
+    def _losses(self, forwards: Mapping[nn.Linear, Callable[..., Any]], i: int) -> torch.Tensor:
+        device = next(self.block.parameters()).device
+        sample = self.samples[i].to(device)
+        with replaced_forwards(forwards), sample.context(device)(), AttentionTap() as tap:
+            output = self.block(*sample.args, **sample.kwargs)
+        return losses(output, tap.seen, self.targets[i], self.settings)
 
     @torch.no_grad()
-    def mean() -> torch.Tensor:
-        return torch.stack([measure(s, t) for s, t in zip(samples, targets, strict=True)]).mean(0)
-
-    before = mean()
-    groups = _parameter_groups(students, settings)
-    flat = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(samples))
-    draw = torch.Generator().manual_seed(seed)
-    for _ in range(settings.epochs):
-        for i in torch.randperm(len(samples), generator=draw).tolist():
-            with torch.enable_grad():
-                loss = (measure(samples[i], targets[i]) / before.clamp(min=TINY) * weights).sum()
-                # Not backward(): the block's own parameters get no gradients.
-                gradients = torch.autograd.grad(loss, flat, allow_unused=True)
-            for parameter, gradient in zip(flat, gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            schedule.step()
-            report(float(loss.detach()))
-    return {"before": before.tolist(), "after": mean().tolist()}
-
-
-def _parameter_groups(students: Mapping[nn.Linear, FakeLinear], settings: Settings) -> list[dict[str, Any]]:
-    transforms = dict.fromkeys(s.transform for s in students.values() if s.transform is not None)
-    groups = [
-        {"params": [p for t in transforms for p in t.parameters()], "lr": settings.lr_transform},
-        {"params": [s.log_ratio for s in students.values()], "lr": settings.lr_range},
-    ]
-    return [group for group in groups if group["params"] and group["lr"] > 0]
+    def _mean(self, forwards: Mapping[nn.Linear, Callable[..., Any]]) -> torch.Tensor:
+        return torch.stack([self._losses(forwards, i) for i in range(len(self.samples))]).mean(0)

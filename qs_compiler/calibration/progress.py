@@ -1,4 +1,4 @@
-"""The progress bar of a calibration: block, error, time left."""
+"""The progress bar of a calibration: block, loss or error, time left."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Progress:
     def begin(self, block: str) -> None:
         """The block that is in work now."""
 
-    def advance(self, units: int, error: float | None = None) -> None:
-        """So many forwards of a block are done; the error or loss where one is known."""
+    def advance(self, units: int, **shown: float) -> None:
+        """So many forwards of a block are done; `shown` is a loss or an error to show."""
 
 
 class _Bar(Progress):
@@ -24,9 +24,9 @@ class _Bar(Progress):
     def begin(self, block: str) -> None:
         self._bar.update(self._task, block=block or "model")
 
-    def advance(self, units: int, error: float | None = None) -> None:
-        fields = {} if error is None else {"error": f"error {error:.4f}"}
-        self._bar.update(self._task, advance=units, **fields)
+    def advance(self, units: int, **shown: float) -> None:
+        figures = {"figures": " ".join(f"{name} {value:.4f}" for name, value in shown.items())} if shown else {}
+        self._bar.update(self._task, advance=units, **figures)
 
 
 @contextlib.contextmanager
@@ -42,8 +42,8 @@ def show_progress(units: int, shown: bool) -> Iterator[Progress]:
         rich.TextColumn("calibrating {task.fields[block]}"),
         rich.BarColumn(),
         rich.TaskProgressColumn(),
-        rich.TextColumn("{task.fields[error]}"),
+        rich.TextColumn("{task.fields[figures]}"),
         rich.TimeRemainingColumn(),
     )
     with rich.Progress(*columns, console=Console(stderr=True)) as bar:
-        yield _Bar(bar, bar.add_task("", total=units, block="", error=""))
+        yield _Bar(bar, bar.add_task("", total=units, block="", figures=""))

@@ -34,6 +34,11 @@ class Sample:
         on = torch.is_autocast_enabled(device.type)
         return cls(args, kwargs, torch.get_autocast_dtype(device.type) if on else None)
 
+    def to(self, device: torch.device) -> Sample:
+        """The same inputs on `device`."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (self.args, self.kwargs))
+        return Sample(args, kwargs, self.autocast)
+
     def context(self, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
         """What to enter around the forward on `device`."""
         if self.autocast is None:

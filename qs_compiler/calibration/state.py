@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..artifact import PLAN, Artifact
 from ..errors import ArtifactError
 from ..options import Recipe
 from ..packing import PackedWeight
+from .transforms import moved
 
 
 class FinishedBlocks:
@@ -31,8 +33,8 @@ class FinishedBlocks:
         self._folder, self._model, self._recipe = folder, model, recipe
         self._key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
-    def load(self, index: int, name: str) -> Artifact | None:
-        """The block with this number, or None if it is not finished.
+    def load(self, index: int, name: str, device: torch.device) -> Artifact | None:
+        """The block with this number, its tensors on `device`; None if it is not finished.
 
         Raises:
             ArtifactError: it belongs to another calibration, or to another model.
@@ -47,6 +49,7 @@ class FinishedBlocks:
                 "choose another output_dir, or delete this one to start anew."
             )
         found.check_model(self._model)
+        found.layers = moved(found.layers, device)
         return found
 
     def save(self, index: int, name: str, layers: Mapping[str, PackedWeight], metrics: Mapping[str, Any]) -> None:

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 
 import torch
 
 from ..ops.quantize_rows import transform as transform_rows
+from ..packing import PackedWeight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,8 +41,9 @@ class Transform:
         return codes.float() * scales[..., None]
 
 
-def hadamard(size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The orthogonal Hadamard matrix of Sylvester, (size, size) float32; size is a power of two."""
+@functools.cache  # one tensor for all layers, so that an artifact stores it once
+def hadamard(size: int, device: torch.device) -> torch.Tensor:
+    """The orthogonal Hadamard matrix of Sylvester, (size, size) float32; size is a power of two. Not to be edited."""
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -51,3 +55,21 @@ def cayley(parameter: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     skew = parameter - parameter.t()
     eye = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
     return start @ torch.linalg.solve(eye + skew, eye - skew)
+
+
+def moved(layers: Mapping[str, PackedWeight], device: torch.device) -> dict[str, PackedWeight]:
+    """Packed weights on another device. What they share stays shared, and every Hadamard matrix is one tensor."""
+    places: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return places.setdefault(id(tensor), tensor.to(device))
+
+    there = {}
+    for name, packed in layers.items():
+        tensors = {field: move(tensor) for field, tensor in packed.tensors().items()}
+        rotation = tensors.get("rotation")
+        if rotation is not None and len(rotation).bit_count() == 1:
+            common = hadamard(len(rotation), device)
+            tensors["rotation"] = common if torch.equal(rotation, common) else rotation
+        there[name] = dataclasses.replace(packed, **tensors)
+    return there

@@ -66,9 +66,13 @@ class WeightGrid:
         """(N, G): the distance of neighbouring integer codes."""
         return self.ws[:, None] * self.multipliers
 
+    def unrounded(self, w: torch.Tensor) -> torch.Tensor:
+        """(N, K) float32 -> in units of the steps."""
+        return (w.unflatten(1, (self.multipliers.shape[1], -1)) / self.steps[..., None]).flatten(1)
+
     def codes(self, w: torch.Tensor) -> torch.Tensor:
         """(N, K) float32 -> the nearest codes, (N, K) float32."""
-        return self.form.round(w.unflatten(1, (self.multipliers.shape[1], -1)) / self.steps[..., None]).flatten(1)
+        return self.form.round(self.unrounded(w))
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes -> the weight that they stand for, (N, K)."""
@@ -83,11 +87,15 @@ class WeightGrid:
         return PackedWeight(wq, self.ws, multipliers, transform.smooth, transform.rotation, activation)
 
 
-def representable(steps: torch.Tensor, form: GridForm) -> WeightGrid:
-    """The grid nearest to wanted steps (N, G) float32 > 0. Gradients go straight through the rounding."""
+def representable(steps: torch.Tensor, form: GridForm, top: torch.Tensor | None = None) -> WeightGrid:
+    """The grid nearest to wanted steps (N, G) float32 > 0. Gradients go straight through the rounding.
+
+    Args:
+        top: (N,) the multiplier of the largest step of each row; None: the largest there is.
+    """
     if form.multipliers is None:
         return WeightGrid(form, steps[:, 0], torch.ones_like(steps))
-    ws = steps.amax(1) / form.multipliers[-1]
+    ws = steps.amax(1) / (form.multipliers[-1] if top is None else top)
     wanted = steps / ws[:, None]
     allowed = torch.tensor(form.multipliers, dtype=steps.dtype, device=steps.device)
     with torch.no_grad():

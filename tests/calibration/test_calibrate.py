@@ -16,7 +16,7 @@ from qs_compiler.errors import ArtifactError, OptionError, RecipeError, Unsuppor
 from qs_compiler.packing import pack_weight
 from qs_compiler.pipeline import plan_layers
 
-from .models import Model, make_forwards, make_model
+from .models import Block, Model, make_forwards, make_model
 
 RECIPE = {"format": "w4a8", "group_size": 32}
 
@@ -125,6 +125,29 @@ def test_it_is_deterministic_and_a_kill_at_any_block_changes_no_byte(tmp_path, m
     assert same_folder(tmp_path / "a", tmp_path / "c")
 
 
+def test_samples_run_one_at_a_time_give_the_same_artifact():
+    side_by_side, alone = calibrate(make_model()), calibrate(make_model(), in_flight=3)
+    for name, packed in side_by_side.layers.items():
+        for field, tensor in packed.tensors().items():
+            assert torch.equal(tensor, alone.layers[name].tensors()[field]), name
+
+
+def test_only_the_block_in_work_is_moved_to_the_device_of_the_work(monkeypatch):
+    """One CPU stands for both devices: what counts is the order of the moves."""
+    model, moves = make_model(), []
+    names = {block: name for name, block in model.blocks.named_children()}
+
+    def to(block, device):
+        moves.append((names[block], str(device)))
+
+    monkeypatch.setattr(Block, "to", to)
+    for block in model.blocks:
+        block.up.register_forward_pre_hook(lambda *_, name=names[block]: moves.append((name, "runs")))
+    calibrate(model, device="cpu:0", epochs=1, stride=8, salient=8, rounding="learned", epochs_rounding=1)
+    steps = [move for i, move in enumerate(moves) if move != moves[i - 1]]
+    assert steps == [(name, what) for name in names.values() for what in ("cpu:0", "runs", "cpu")]
+
+
 def test_unfinished_work_of_another_calibration_is_not_mixed_in(tmp_path):
     calibrate(make_model(), output_dir=tmp_path)
     for other in ({"seed": 1}, {"rounding": "nearest"}, {"data": make_forwards(4, seed=1)}, {"recipe": "w8a8"}):
@@ -154,6 +177,22 @@ def test_a_loop_of_ones_own_is_run_once_without_gradients():
     artifact = calibrate(model, run=run, samples=3)
     assert runs == [model]
     assert artifact.layers.keys() == calibrate(model, run, samples=3).layers.keys()
+
+
+def test_a_compiled_model_is_calibrated_as_it_is_written():
+    def backend(graph, inputs):
+        raise AssertionError("compiled")
+
+    plain = calibrate(make_model(), lambda model: [model(*a, **k) for a, k in make_forwards(4)])
+    whole, blocks = make_model(), make_model()
+    whole.compile(backend=backend)
+    for block in blocks.blocks:
+        block.compile(backend=backend)
+    for model in (whole, blocks, torch.compile(make_model(), backend=backend)):
+        artifact = calibrate(model, lambda model: [model(*a, **k) for a, k in make_forwards(4)])
+        assert all(torch.equal(p.wq, plain.layers[n].wq) for n, p in artifact.layers.items())
+        with torch.no_grad(), pytest.raises(Exception, match="compiled"):
+            model(*make_forwards(1)[0][0], **make_forwards(1)[0][1])
 
 
 def test_a_model_without_repeated_blocks_is_one_block():
@@ -197,7 +236,8 @@ def test_overrides_and_kept_layers_are_heard():
 
 def test_what_cannot_be_done_is_said():
     model = make_model()
-    for options in ({"steps": 3}, {"inputs": "quantised"}, {"rotation": 48}, {"samples": 0}, {"damping": -1.0}):
+    wrong = {"passes": 3, "inputs": "quantised", "rotation": 48, "samples": 0, "damping": -1.0, "device": "abacus"}
+    for options in ({name: value} for name, value in wrong.items()):
         with pytest.raises(OptionError, match=next(iter(options))):
             calibrate(model, **options)
     with pytest.raises(OptionError, match="either data"):

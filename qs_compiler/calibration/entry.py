@@ -1,0 +1,133 @@
+"""`calibrate`: from a model and what to run it on to an artifact."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import OptionError, UnsupportedError
+from ..options import Recipe
+from ..packed_linear import PackedLinear
+from ..pipeline import EXPERTS, plan_layers
+from ..runtime.tracker import modules_of
+from .blockwise import Calibration
+from .progress import show_progress
+from .samples import Sample, caught_samples, given_samples
+from .settings import Settings
+
+
+def calibrate(
+    target: Any,
+    data: Any = None,
+    *,
+    recipe: str | Mapping[str, Any] | Recipe = "w4a8-d25",
+    output_dir: str | os.PathLike[str] | None = None,
+    run: Callable[[Any], Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    pipe_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Find the packed weights of a model from what really flows through it.
+
+    Block by block, in the order in which the model calls them: scales are searched, weights are rounded so that the
+    output of each linear changes least, and what the blocks before have spoilt is made good as far as it can be. The
+    model is left as it was.
+
+    Args:
+        target: a diffusers pipeline, or a module in full precision.
+        data: for a pipeline its prompts (strings, or dicts of what the pipeline is called with); for a module an
+            iterable of (args, kwargs), or of kwargs, of forwards.
+        recipe: a name, a dict or a Recipe.
+        output_dir: keeps each finished block, so that the same call goes on where it was killed, with the same result.
+        run: instead of `data`: a function that denoises with `target`, for a loop of one's own. It is called once.
+        seed: of everything that is drawn.
+        progress: whether to show a bar on stderr.
+        pipe_options: what the pipeline is called with beside the prompt, such as num_inference_steps, height, width.
+        options: see `Settings`.
+
+    Returns:
+        an Artifact; for a pipeline with two experts a dict {"transformer": ..., "transformer_2": ...}.
+
+    Raises:
+        OptionError: an unknown option, data that cannot be used.
+        RecipeError: an unknown or ill-typed recipe, or one that packs no weights.
+        UnsupportedError: the model is compressed already, or holds nothing to compress.
+        ArtifactError: output_dir holds another calibration.
+    """
+    settings, recipe = Settings.parse(options), Recipe.parse(recipe)
+    if callable(data) and run is None:
+        data, run = None, data
+    if (data is None) == (run is None):
+        raise OptionError("give either data (prompts, or inputs of forwards) or run, a function that denoises.")
+    modules = dict(zip(EXPERTS, modules_of(target), strict=False))
+    plans = {name: _plan(module, recipe) for name, module in modules.items()}
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has no modules to look into
+        for module in modules.values():
+            modes.enter_context(_evaluating(module))
+        samples = _samples(target, modules, data, run, dict(pipe_options or {}), settings, seed)
+        found = {}
+        for name, module in modules.items():
+            folder = None if output_dir is None else Path(output_dir)
+            folder = folder / name if folder is not None and len(modules) > 1 else folder
+            work = Calibration(module, recipe, plans[name], samples[name], settings, seed, folder)
+            with show_progress(work.units, progress) as shown:
+                found[name] = work.run(shown)
+    return found if len(found) > 1 else found[EXPERTS[0]]
+
+
+def _plan(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
+    """Names of the linears that are packed -> the recipe of each."""
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise UnsupportedError(f"this {type(model).__name__} is compressed already; load the 16-bit model again.")
+    plan = plan_layers(model, recipe)
+    if not plan:
+        raise UnsupportedError(f"recipe '{recipe}' packs no linear of this {type(model).__name__}.")
+    return plan
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout while open."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _samples(
+    target: Any,
+    modules: Mapping[str, nn.Module],
+    data: Any,
+    run: Callable[[Any], Any] | None,
+    pipe_options: dict[str, Any],
+    settings: Settings,
+    seed: int,
+) -> dict[str, list[Sample]]:
+    """The forwards that each module is calibrated on."""
+    if run is not None:
+        return caught_samples(modules, [lambda: run(target)], settings.samples, seed)
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise OptionError(f"data must be a sequence of prompts or of forward inputs, not {type(data).__name__}.")
+    if isinstance(target, nn.Module):
+        (name, module), = modules.items()
+        return {name: given_samples(data, next(module.parameters()).device)}
+    runs = []
+    for number, prompt in enumerate(data):
+        call = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        generator = torch.Generator().manual_seed(seed + number)
+        call = {"generator": generator, "output_type": "latent", **pipe_options, **call}
+        runs.append(lambda call=call: target(**call))
+    if not runs:
+        raise OptionError("data holds no prompt.")
+    return caught_samples(modules, runs, settings.samples, seed)

@@ -1,0 +1,76 @@
+"""What the linears of a block read while it runs in full precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..passes.quantize_linear import SMALL_ROWS
+from .walk import Call
+
+
+@dataclasses.dataclass
+class InputRecord:
+    """What the linears of a block read in full precision.
+
+    Attributes:
+        rows: linear -> for each sample some rows of its input, (M, K); always the same positions of inputs alike.
+        groups: linears that read one and the same tensor, in the order of their calls.
+        few_rows: linears that read one row a clip (time or modulation) instead of tokens.
+    """
+
+    rows: dict[str, list[torch.Tensor]]
+    groups: list[list[str]]
+    few_rows: set[str]
+
+
+def some_rows(x: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` rows of x (..., K) as (M, K), spread evenly; the choice depends on the shape alone."""
+    x = x.detach().reshape(-1, x.shape[-1])
+    return x if len(x) <= most else x[torch.arange(most, device=x.device) * len(x) // most]
+
+
+def input_of(call: Call) -> torch.Tensor:
+    """What a linear was called with."""
+    return call.args[0] if call.args else call.kwargs["input"]
+
+
+class InputRecorder:
+    """Collects an InputRecord while a block runs in full precision: open it around the forward of each sample."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear], rows: int) -> None:
+        self.record = InputRecord({}, [], set())
+        self._linears, self._rows = linears, rows
+        self._handles: list[Any] = []
+        self._readers: dict[int, tuple[torch.Tensor, list[str]]] = {}
+
+    def __enter__(self) -> InputRecorder:
+        for name, linear in self._linears.items():
+
+            def read(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                self._read(name, args[0] if args else kwargs["input"])
+
+            self._handles.append(linear.register_forward_pre_hook(read, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if not self.record.groups:
+            self.record.groups = [names for _, names in self._readers.values()]
+        self._readers.clear()
+
+    def _read(self, name: str, x: torch.Tensor) -> None:
+        # The tensor is held, so that no later one can take its address.
+        _, names = self._readers.setdefault(id(x), (x, []))
+        if name in names or any(name in others for _, others in self._readers.values()):
+            return  # a linear that is called twice is calibrated on its first input
+        names.append(name)
+        self.record.rows.setdefault(name, []).append(some_rows(x, self._rows).clone())
+        if x.dim() == 1 or (x.dim() == 2 and len(x) < SMALL_ROWS):
+            self.record.few_rows.add(name)

@@ -1,0 +1,58 @@
+"""Whole diffusers pipelines, calibrated on prompts: no model's code is known to the calibration."""
+
+import pytest
+import torch
+
+import qs_compiler as qs
+from qs_compiler.errors import OptionError
+from qs_compiler.pipeline import plan_layers
+
+from ..backend.pipelines import CALLS, PIPELINES, run
+
+RECIPE = {"format": "w4a8", "group_size": 32}
+
+
+def calibrate(name: str, pipe, prompts=("dance monkey", "monkey"), **options):
+    size = {k: v for k, v in CALLS[name].items() if k != "prompt"}
+    size = {"pipe_options": {**size, "num_inference_steps": 4}, "recipe": RECIPE, "progress": False, "samples": 4}
+    return qs.calibrate(pipe, list(prompts), **{**size, **options})
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "ltx", "hunyuan"])
+def test_every_planned_linear_that_runs_is_packed(name):
+    pipe = PIPELINES[name]()
+    artifact = calibrate(name, pipe, epochs=1, stride=16, salient=16)
+    planned = set(plan_layers(pipe.transformer, qs.Recipe.parse(RECIPE)))
+    assert artifact.layers.keys() | set(artifact.metrics["never_called"]) == planned
+    assert len(artifact.layers) > 0.8 * len(planned)
+    # Random weights attend to nothing, so little of the maps can be wrong; the output can.
+    assert all(block["error"] < 0.2 for block in artifact.metrics["blocks"].values())
+
+
+def test_two_experts_get_an_artifact_each_and_attach(tmp_path):
+    pipe = PIPELINES["wan 2.2"]()
+    before = run("wan 2.2", pipe)
+    artifacts = calibrate("wan 2.2", pipe, output_dir=tmp_path)
+    assert set(artifacts) == {"transformer", "transformer_2"} == {p.name for p in tmp_path.iterdir()}
+    names = list(artifacts["transformer"].layers)
+    assert any(
+        not torch.equal(artifacts["transformer"].layers[n].wq, artifacts["transformer_2"].layers[n].wq) for n in names
+    )
+    qs.attach(pipe, artifacts, compile=False)
+    after = run("wan 2.2", pipe)
+    assert (after - before).norm() < 0.2 * before.norm()
+
+
+def test_prompts_are_strings_or_calls_and_seeded():
+    pipe = PIPELINES["ltx"]()
+    digests = [
+        [t.sum().item() for p in calibrate("ltx", pipe, prompts, **options).layers.values() for t in (p.ws,)]
+        for prompts, options in (
+            (["dance monkey"], {}),
+            ([{"prompt": "dance monkey"}], {}),
+            (["dance monkey"], {"seed": 5}),
+        )
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    with pytest.raises(OptionError, match="no prompt"):
+        calibrate("ltx", pipe, [])
