@@ -155,6 +155,11 @@ class TestCallerErrors:
             compiled(model, recipe="off")(X).sum().backward()
         torch.testing.assert_close(model.weight.grad, X.sum((0, 1)).expand(32, 32))
 
+    def test_inputs_on_another_device(self) -> None:
+        inputs = {name: x.to("meta") for name, x in clip(7, 1)[0].items()}
+        with pytest.raises(RuntimeError, match=r"(?s)cpu.*meta|meta.*cpu"):
+            compiled(make())(**inputs)
+
     @pytest.mark.usefixtures("eager_graphs")
     def test_strict_names_what_stays(self) -> None:
         with pytest.raises(UnsupportedError, match=r"linear \(embed\): .*`keep`"):
