@@ -162,7 +162,7 @@ class GraphCompiler:
 
 def _called_references(codes: list[str], known: set[str]) -> list[tuple[str, str]]:
     """Ops of ours that generated CUDA code calls eagerly; lowering gave no reason where the code is from a cache."""
-    called = {op for code in codes for op in re.findall(r"torch\.ops\.quantsparse\.(\w+)", code)}
+    called = {op for code in codes for op in re.findall(r"torch\.ops\.quantsparse\.(\w+)\.\w+\(", code)}
     return [(op, "the generated code calls its reference") for op in sorted(called - known)]
 
 
