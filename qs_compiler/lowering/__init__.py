@@ -9,7 +9,16 @@ from pathlib import Path
 from .. import ops  # noqa: F401  (defines the ops)
 from .fallbacks import collect_fallbacks
 
-LOWERINGS = ("add_residual", "dequantize", "expand_w4", "linear", "quantize_rows", "references", "sparse_attention")
+LOWERINGS = (
+    "add_residual",
+    "dequantize",
+    "expand_w4",
+    "linear",
+    "pack_values",
+    "quantize_rows",
+    "references",
+    "sparse_attention",
+)
 
 __all__ = ["LOWERINGS", "collect_fallbacks", "register_lowerings", "source_files"]
 

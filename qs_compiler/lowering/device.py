@@ -11,6 +11,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Stands for -inf as a running maximum, so that differences of empty rows are 0 and not NaN.
 NOTHING = tl.constexpr(-1.0e30)
+TINY = tl.constexpr(1.0e-30)
+# 1.5 * 2^23: a float32 near it steps by one, and sums of 256 products of int8 stay within 2^22 of it.
+OFFSET = tl.constexpr(12582912.0)
+OFFSET_BITS = tl.constexpr(0x4B400000)
+WEIGHT_SHIFT = tl.constexpr(8.0)  # weights of at most 256, float8 holds 448
 
 
 @triton.jit
@@ -89,7 +94,7 @@ def scale_tile(acc, XS, WS, BIAS, row, col, M, N, ROWS: tl.constexpr, COLS: tl.c
 
 @triton.jit
 def query_factor(QS, row, tokens, SCALE: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """What the scores of each query row are multiplied by, [ROWS, 1]: the softmax scale in base 2 and q's own scale.
+    """What the scores of each query row are multiplied by, [ROWS]: the softmax scale in base 2 and q's own scale.
 
     SCALES: 0 none, 1 a scale per block, 2 a scale per token.
     """
@@ -99,7 +104,28 @@ def query_factor(QS, row, tokens, SCALE: tl.constexpr, SCALES: tl.constexpr, BLO
         factor = factor * tl.load(QS + row // BLOCK)
     if SCALES == 2:
         factor = factor * tl.load(QS + rows, mask=rows < tokens, other=0.0)
-    return factor[:, None]
+    return factor
+
+
+@triton.jit
+def empty_state(ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """The state of an online softmax that has seen no key: weighted values, row sums, reference exponents (base 2)."""
+    return (
+        tl.zeros([ROWS, HEAD], tl.float32),
+        tl.zeros([ROWS], tl.float32),
+        tl.full([ROWS], NOTHING, tl.float32),
+    )
+
+
+@triton.jit
+def whole_blocks(LIST, count, length, BLOCK: tl.constexpr):
+    """How many of the first `count` blocks of LIST come before the trailing ones that reach past `length`."""
+    whole = count
+    reaches = True
+    while (whole > 0) & reaches:
+        reaches = tl.load(LIST + tl.maximum(whole - 1, 0)).to(tl.int32) * BLOCK + BLOCK > length
+        whole = tl.where(reaches, whole - 1, whole)
+    return whole
 
 
 @triton.jit
@@ -109,12 +135,16 @@ def attend_blocks(
     v,
     KS,
     LIST,
-    count,
+    first,
+    last,
     factor,
     length,
     depth,
     k_stride,
     v_stride,
+    acc,
+    total,
+    m,
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -122,43 +152,62 @@ def attend_blocks(
     INT8: tl.constexpr,
     K_SCALES: tl.constexpr,
     WEIGHT: tl.constexpr,
-    EVEN: tl.constexpr,
+    PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Online softmax of one tile of queries over the first `count` key blocks of LIST.
+    """Go on with an online softmax of one tile of queries, over entries first .. last of LIST, numbers of key blocks.
 
-    q [BLOCK_M, HEAD]; keys from `length` on are masked (EVEN: there are none). WEIGHT is the dtype in which the softmax
-    weights meet the values. Returns the unnormalised output [BLOCK_M, HEAD], the row sums and the row maxima (base 2).
+    q [BLOCK_M, HEAD]; keys from `length` on are masked (MASKED False: there are none). The state is acc
+    [BLOCK_M, HEAD], total, m [BLOCK_M], of empty_state at first: weights are exp2(score - m), m at least as large as
+    the largest score less WEIGHT_SHIFT. Values meet the weights in the dtype WEIGHT; PACKED values are those of
+    ops/packed_values.py, [HEAD, keys] in float8.
     """
     STEPS: tl.constexpr = BLOCK // BLOCK_N
-    m = tl.full([BLOCK_M], NOTHING, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HEAD], tl.float32)
-    following = tl.load(LIST).to(tl.int32)  # one entry ahead: a load inside the pipeline would cost it a stage
-    for i in tl.range(0, count * STEPS, num_stages=STAGES):
+    # float8 holds weights down to 2^-9 as normal numbers: scaled up, the small ones keep their digits.
+    SHIFT: tl.constexpr = WEIGHT_SHIFT if PACKED else 0.0
+    # Integer sums start at the bits of OFFSET, so that they end as the floats OFFSET + sum: no conversion is needed,
+    # and OFFSET leaves with the maximum. It costs at most one unit of the integer sum.
+    ZERO: tl.constexpr = OFFSET if INT8 else 0.0
+    LEFT: tl.constexpr = 0.0 if K_SCALES == 2 else ZERO
+    # The list is read one entry ahead: a load inside the pipeline would cost it a stage.
+    following = tl.load(LIST + tl.minimum(first, tl.maximum(last - 1, 0))).to(tl.int32)
+    for i in tl.range(first * STEPS, last * STEPS, num_stages=STAGES):
         block = following
-        following = tl.load(LIST + tl.minimum((i + 1) // STEPS, count - 1)).to(tl.int32)
+        following = tl.load(LIST + tl.minimum((i + 1) // STEPS, last - 1)).to(tl.int32)
         key = block * BLOCK + (i % STEPS) * BLOCK_N
         keys = load_tile(k, key, 0, length, depth, k_stride, BLOCK_N, HEAD, TMA)
         if INT8:
-            scores = tl.dot(q, keys.T, out_dtype=tl.int32).to(tl.float32) * factor
+            start = tl.full([BLOCK_M, BLOCK_N], OFFSET_BITS, tl.int32)
+            scores = tl.dot(q, keys.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
         else:
-            scores = tl.dot(q, keys.T, input_precision="ieee") * factor
-        if K_SCALES == 1:
-            scores = scores * tl.load(KS + block)
+            scores = tl.dot(q, keys.T, input_precision="ieee")
         columns = key + tl.arange(0, BLOCK_N)
+        f = factor
+        if K_SCALES == 1:
+            f = f * tl.load(KS + block)
         if K_SCALES == 2:
-            scores = scores * tl.load(KS + columns, mask=columns < length, other=0.0)[None, :]
-        if not EVEN:
+            scores = (scores - ZERO) * tl.load(KS + columns, mask=columns < length, other=0.0)[None, :]
+        if MASKED:
             scores = tl.where((columns < length)[None, :], scores, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1))
-        weights = tl.exp2(scores - m_new[:, None])
+        f = tl.maximum(f, TINY)  # scales of 0 would make NaN of what is masked
+        # The factor is positive, so it may come after the maximum.
+        m_new = tl.maximum(m, (tl.max(scores, 1) - LEFT) * f - SHIFT)
+        weights = tl.exp2(scores * f[:, None] - (f * LEFT + m_new)[:, None])
         shrink = tl.exp2(m - m_new)
         total = total * shrink + tl.sum(weights, 1)
-        values = load_tile(v, key, 0, length, depth, v_stride, BLOCK_N, HEAD, TMA)
-        acc = tl.dot(weights.to(WEIGHT), values.to(WEIGHT), acc * shrink[:, None], input_precision="ieee")
         m = m_new
+        if PACKED:
+            # The registers that hold columns 8a + 2t + b of 16 are those that a float8 operand holds as 4t + 2a + b.
+            packed = tl.reshape(weights.to(tl.float8e4nv), (BLOCK_M, BLOCK_N // 16, 2, 4, 2))
+            packed = tl.reshape(tl.permute(packed, (0, 1, 3, 2, 4)), (BLOCK_M, BLOCK_N))
+            values = load_tile(v, 0, key, depth, v_stride, v_stride, HEAD, BLOCK_N, TMA)
+            # Tensor cores add float8 products to few bits: a fresh sum for each tile keeps the error from growing.
+            acc = tl.dot(packed, values.T, acc * shrink[:, None], max_num_imprecise_acc=BLOCK_N)
+        else:
+            values = load_tile(v, key, 0, length, depth, v_stride, BLOCK_N, HEAD, TMA)
+            acc = tl.dot(weights.to(WEIGHT), values.to(WEIGHT), acc * shrink[:, None], input_precision="ieee")
     return acc, total, m
 
 

@@ -24,6 +24,7 @@ from .._compat import (
 from .device_support import call_reference, shared_memory, why_no_dtype, why_no_template
 from .template_source import read_template, triton_dtype
 
+fp8 = torch.float8_e4m3fn
 OP = torch.ops.quantsparse.sparse_attention.default
 CODES = (torch.int8, torch.float8_e4m3fn)
 LARGEST_HEAD = 256
@@ -38,14 +39,16 @@ def grid(b, h, s, d, meta, *, cdiv):
 TEMPLATE = make_template("quantsparse_sparse_attention", grid, read_template("sparse_attention"))
 
 
-def why_not(q, v, block_size: int) -> str | None:
+def why_not(q, v, scale: float, block_size: int) -> str | None:
     """Why the template cannot run, or None."""
     device = q.get_device()
     if (reason := why_no_template(device)) is not None:
         return reason
-    for dtype in (q.get_dtype(), v.get_dtype()):
+    for dtype in (q.get_dtype(), fp8 if v.get_dtype() == torch.uint8 else v.get_dtype()):
         if (reason := why_no_dtype(device, dtype)) is not None:
             return reason
+    if scale <= 0:
+        return f"scale {scale} is not positive"
     if block_size % 16:
         return f"block_size {block_size} is not a multiple of 16, the least tile of a tensor core"
     if static_size(q.get_size()[3]) > LARGEST_HEAD:
@@ -65,7 +68,7 @@ def lower_sparse_attention(
     )
     if q.get_device().type == "cpu":
         return extern_kernel(OP)(*arguments)
-    if (reason := why_not(q, v, block_size)) is not None:
+    if (reason := why_not(q, v, scale, block_size)) is not None:
         return call_reference(OP, reason, *arguments)
 
     size = q.get_size()
@@ -97,6 +100,7 @@ def lower_sparse_attention(
         HAS_STATE=state_o is not None,
         EVEN=kv_len is None and is_multiple(keys, block_size),
         WEIGHT=triton_dtype(weight),
+        PACKED=v.get_dtype() == torch.uint8,
         OUT=triton_dtype(dtype),
         TMA=can_use_tma(q, k, v) and not cpp_wrapper_active(),
     )
@@ -130,12 +134,23 @@ def tile_configs(q, v, block_size: int) -> list[dict]:
     """Tiles that divide the block and fit into shared memory, the preferred one first."""
     head, largest = padded_head(q), block_size & -block_size
     found = []
-    for m, n, stages in ((64, 128, 3), (64, 64, 3), (64, 64, 2), (64, 32, 2), (32, 32, 2), (16, 16, 1)):
-        m, n = min(m, largest), min(n, largest)
+    for m, n, stages, warps in (*preferred_tiles(q, v), (64, 64, 2, 4), (64, 32, 2, 4), (32, 32, 2, 4), (16, 16, 1, 1)):
+        if m <= 32:
+            m, n = min(m, largest), min(n, largest)
+        least = 32 if v.get_dtype() == torch.uint8 else 16  # the depth of a tensor core's product
+        if largest % m or largest % n or n < least:
+            continue
         operands = q.get_dtype().itemsize, v.get_dtype().itemsize
         bytes_needed = head * (m * operands[0] + stages * n * sum(operands))
         if bytes_needed < shared_memory(q.get_device()):
-            found.append(
-                {"BLOCK_M": m, "BLOCK_N": n, "STAGES": stages, "num_stages": stages, "num_warps": 4 if m > 16 else 1}
-            )
+            found.append({"BLOCK_M": m, "BLOCK_N": n, "STAGES": stages, "num_stages": stages, "num_warps": warps})
     return found
+
+
+def preferred_tiles(q, v) -> list[tuple[int, int, int, int]]:
+    """BLOCK_M, BLOCK_N, stages and warps as measured on an H100 (benchmarks/results/attention.json)."""
+    if v.get_dtype() == torch.uint8:
+        return [(64, 128, 2, 4)]
+    if q.get_dtype().itemsize == 1:
+        return [(128, 64, 3, 4), (64, 64, 3, 4)]
+    return [(128, 64, 3, 8), (64, 64, 3, 4)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .library import FLOAT_DTYPES, require, require_dtype, require_shape
+from .pack_values import padded
 
 CODE_DTYPES = (torch.int8, torch.float8_e4m3fn)
 INDEX_DTYPES = (torch.int32, torch.int16)
@@ -48,19 +49,21 @@ def check_attention(
     require_heads(op, q, k)
     require_block_size(op, block_size)
     require_dtype(op, "dtype", dtype, FLOAT_DTYPES)
-    require_shape(op, "v", v, tuple(k.shape))
+    packed = v.dtype == torch.uint8
+    batch, kv_heads, keys, depth = k.shape
+    require_shape(op, "v", v, (batch, kv_heads, depth, padded(keys)) if packed else (batch, kv_heads, keys, depth))
     require(k.dtype == q.dtype, op, f"q is {q.dtype} and k is {k.dtype}", "Both must be of one dtype.")
     for name, tensor, scale in (("q", q, q_scale), ("k", k, k_scale), ("v", v, v_scale)):
-        require_dtype(op, name, tensor.dtype, (*FLOAT_DTYPES, *CODE_DTYPES))
-        coded = tensor.dtype in CODE_DTYPES
+        codes = (*CODE_DTYPES, torch.uint8) if name == "v" else CODE_DTYPES
+        require_dtype(op, name, tensor.dtype, (*FLOAT_DTYPES, *codes))
+        coded = tensor.dtype in codes
         require(
             coded == (scale is not None),
             op,
             f"{name} is {tensor.dtype} {'without' if coded else 'with'} {name}_scale",
             "8-bit tensors need a scale, float tensors have none.",
         )
-    batch, _, tokens, depth = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
+    tokens = q.shape[2]
     query_blocks, key_blocks = blocks_of(tokens, block_size), blocks_of(keys, block_size)
     require_token_scale(op, "q_scale", q_scale, tuple(q.shape[:3]), query_blocks)
     require_token_scale(op, "k_scale", k_scale, tuple(k.shape[:3]), key_blocks)

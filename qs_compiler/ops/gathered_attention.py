@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from .attention_inputs import blocks_of, key_lengths, token_scale
+from .pack_values import unpack_values
 from .softmax_state import divide, finite
 
 # Elements of the largest buffer that one step may build, unless a single query block needs more.
@@ -26,6 +27,8 @@ class GatheredAttention:
         self.heads, self.repeat, self.block_size, self.scale = heads, heads // kv_heads, block_size, scale
         self.query_blocks, self.key_blocks = blocks_of(self.tokens, block_size), blocks_of(self.keys, block_size)
         self.lengths = key_lengths(kv_len, k)
+        if v.dtype == torch.uint8:
+            v = unpack_values(v, self.keys)
         self.q, self.k, self.v = (x.reshape(-1, self.depth) for x in (q, k, v))
         self.q_scale = None if q_scale is None else token_scale(q_scale, self.tokens, block_size).reshape(-1)
         self.k_scale = None if k_scale is None else token_scale(k_scale, self.keys, block_size).reshape(-1)

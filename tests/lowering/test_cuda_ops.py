@@ -75,6 +75,18 @@ def test_add_residual_in_every_cache_format(tmp_path):
         assert_close(result, wanted)
 
 
+def test_pack_values_is_bit_exact(tmp_path):
+    def function(v, strided):
+        return *quantsparse.pack_values(v), *quantsparse.pack_values(strided)
+
+    v = torch.randn(2, 3, 129, 24)
+    v[0, 1] = 0
+    args = v, torch.randn(1, 37, 2, 16).to(bf16).transpose(1, 2)
+    text, got = generated(function, args, tmp_path)
+    for result, wanted in zip(got, function(*args), strict=True):
+        assert result.dtype == wanted.dtype and torch.equal(result, wanted)
+
+
 def test_references_on_cuda_are_reported():
     def function(q, k, v):
         lists = quantsparse.select_blocks(quantsparse.block_scores(q, k, None, 0.2, BLOCK), None, 2)

@@ -9,7 +9,7 @@ from tests.kernel_text import compile_offline, kernel_sources
 from tests.lowering.compiled import library_calls
 from tests.lowering.interpret import interpret
 from tests.ops.attention_cases import BLOCK, block_lists, random_qkv
-from tests.tolerances import RELATIVE_ERROR, assert_close
+from tests.tolerances import FP8_WEIGHTS_ERROR, RELATIVE_ERROR, assert_close
 
 quantsparse = torch.ops.quantsparse
 bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
@@ -89,12 +89,15 @@ def test_codes_with_scales_per_token_and_per_block(code, tmp_path):
     per_block = per_token[0][..., :3].contiguous(), per_token[1][..., :3].contiguous(), per_token[2]
     lists = block_lists(1, 2, 3, 3, least=1)
     values = random_qkv(1, 2, 1, 70, 96, 32, bf16)[2]
+    packed, packed_scale = quantsparse.pack_values(values)
     cases = [
         attend(q, k, v, lists, scales=per_token, dtype=bf16),
         attend(q, k, v, lists, scales=per_block, dtype=bf16),
         attend(q, k, values, lists, scales=(*per_block[:2], None), dtype=bf16),
     ]
     check(cases, tmp_path, 2 * RELATIVE_ERROR[bf16])
+    eight_bit = attend(q, k, packed, lists, scales=(*per_block[:2], packed_scale), dtype=bf16)
+    check([eight_bit], tmp_path, FP8_WEIGHTS_ERROR)
 
 
 def sparse_step(q, k, v, counts, indices, residual):
