@@ -1,0 +1,82 @@
+"""The rows of the quality table, in the order in which they are worth having."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from qs_compiler import Recipe
+
+# Each stage of a calibration adds one thing to the stage before it; None rounds the weights without data.
+STAGES: dict[str, dict[str, Any] | None] = {
+    "rounding": None,
+    "range": {"rounding": "nearest", "rotation": None, "smoothing": "none"},
+    "smoothing": {"rounding": "nearest", "rotation": None, "smoothing": "search"},
+    "hadamard": {"rounding": "nearest", "rotation": 64, "smoothing": "none"},
+    "gptq": {"rounding": "gptq", "rotation": 64, "smoothing": "none"},
+    "learned": {"rounding": "gptq", "rotation": 64, "epochs": 15, "lambda_global": 0.0, "lambda_local": 0.0},
+    "global": {"rounding": "gptq", "rotation": 64, "epochs": 15, "lambda_local": 0.0},
+    "local": {"rounding": "gptq", "rotation": 64, "epochs": 15, "lambda_global": 0.0},
+    "msad": {"rounding": "gptq", "rotation": 64, "epochs": 15},
+    "default": {},
+}
+SPARSE = {
+    "naive": {"correction": "none", "interval": 1000, "warmup": 0.0},  # one mask, chosen in the first step, for ever
+    "none": {"correction": "none"},
+    "first_order": {"correction": "first_order"},
+    "second_order-1": {"correction": "second_order", "gain": "1"},
+    "second_order-k": {"correction": "second_order", "gain": "k/tau"},
+    "complement-0": {"correction": "complement", "gain": "0"},
+    "complement-k": {"correction": "complement", "gain": "k/tau"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        recipe: what is computed.
+        calibration: options of `calibrate`; None: weights are rounded without data.
+        grid: "small" (4,096 tokens) or "large" (13,824).
+        compiled: through Inductor; otherwise the same graph, or the same linears, with the ops' references.
+    """
+
+    name: str
+    recipe: Recipe
+    calibration: dict[str, Any] | None
+    grid: str = "small"
+    compiled: bool = False
+
+
+def all_rows() -> dict[str, Row]:
+    """Name -> row, most wanted first."""
+    learned = ("msad", "learned", "global", "local")
+    dense = [
+        ("w4a8", ("rounding", "default", "hadamard", "range", "gptq", "smoothing", *learned)),
+        ("w4a4", ("rounding", "default", "hadamard", "gptq", "range", "smoothing", *learned)),
+        ("w6a6", ("rounding", "default", "hadamard", "range", "msad")),
+        ("w8a8", ("rounding", "default", "hadamard")),
+        ("fp8", ("rounding", "default")),
+    ]
+    rows = [Row(f"{form}/{stage}", Recipe.parse(form), STAGES[stage]) for form, stages in dense for stage in stages]
+    for percent in (25, 15, 40):
+        for form in ("off", "w4a8"):
+            for kind in SPARSE:
+                rows.append(_sparse(form, percent, kind, "small"))
+    for percent in (25, 15):
+        for kind in ("naive", "none", "first_order", "complement-k"):
+            rows.append(_sparse("w4a8", percent, kind, "large"))
+    for name in ("w4a8", "w4a4", "w8a8"):
+        rows.append(Row(f"{name}/default/compiled", Recipe.parse(name), STAGES["default"], compiled=True))
+    compiled = _sparse("w4a8", 25, "first_order", "small")
+    rows.append(dataclasses.replace(compiled, name=f"{compiled.name}/compiled", compiled=True))
+    return {row.name: row for row in rows}
+
+
+def _sparse(form: str, percent: int, kind: str, grid: str) -> Row:
+    base = Recipe.parse(f"{form}-d{percent}")
+    recipe = dataclasses.replace(base, **SPARSE[kind])
+    calibration = None if kind == "naive" or form == "off" else STAGES["default"]
+    prefix = "large/" if grid == "large" else ""
+    return Row(f"{prefix}{form}-d{percent}/{kind}", recipe, calibration, grid)
