@@ -36,6 +36,7 @@ from qs_compiler import _compat
 from qs_compiler.artifact import Artifact, package_versions
 from qs_compiler.calibration.closed_form import packed_forward
 from qs_compiler.calibration.settings import Settings
+from qs_compiler.calibration.transforms import moved
 from qs_compiler.calibration.walk import replaced_forwards
 from qs_compiler.demo.calibration_set import calibration_set
 from qs_compiler.demo.check import accuracy
@@ -184,7 +185,7 @@ class Bench:
             "calibration_peak_bytes": artifact.metrics["peak_bytes"],
             "last_block_error": last,
         }
-        return {n: _moved(p, self.device) for n, p in artifact.layers.items()}, measured
+        return moved(artifact.layers, self.device), measured
 
     @contextlib.contextmanager
     def prepared(self, row: Row) -> Iterator[tuple[Any, bool, dict[str, Any]]]:
@@ -305,10 +306,6 @@ def main() -> None:
 
 def _forward(packed: Any, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     return packed_forward(packed, x, bias)
-
-
-def _moved(packed: Any, device: torch.device) -> Any:
-    return dataclasses.replace(packed, **{name: t.to(device) for name, t in packed.tensors().items()})
 
 
 def _digest(value: Any) -> str:
