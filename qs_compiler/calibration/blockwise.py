@@ -68,8 +68,8 @@ class Calibration:
         """What the progress bar counts: forwards of a block that are to be done."""
         return len(self.blocks) * len(self.samples) * (2 + UNITS_OF_A_STEP * self.settings.steps)
 
-    def run(self, progress: Progress) -> Artifact:
-        """Go through the blocks once."""
+    def run(self, progress: Progress, include_rest: bool = False) -> Artifact:
+        """Go through the blocks once; `include_rest` as in `Artifact.of`."""
         layers: dict[str, PackedWeight] = {}
         metrics: dict[str, Any] = {"blocks": {}}
         count = len(self.samples)
@@ -98,7 +98,7 @@ class Calibration:
                 values = targets + outputs if quantized else targets
                 calls = [walk.advance(y) for walk, y in zip(walks, values, strict=True)]
         metrics["never_called"] = sorted(set(self.plan) - set(layers))
-        return Artifact.of(self.model, self.recipe, layers, metrics)
+        return Artifact.of(self.model, self.recipe, layers, metrics, include_rest=include_rest)
 
     def _walks(self) -> list[Walk]:
         """One walk a sample, where the model lies."""

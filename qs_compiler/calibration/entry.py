@@ -32,6 +32,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
     pipe_options: Mapping[str, Any] | None = None,
+    include_rest: bool = False,
     **options: Any,
 ) -> Any:
     """Find the packed weights of a model from what really flows through it.
@@ -50,6 +51,8 @@ def calibrate(
         seed: of everything that is drawn.
         progress: whether to show a bar on stderr.
         pipe_options: what the pipeline is called with beside the prompt, such as num_inference_steps, height, width.
+        include_rest: the artifacts also hold the model's other tensors (not copied), so that `load` can build the
+            compressed model without the 16-bit checkpoint.
         options: see `Settings`.
 
     Returns:
@@ -79,7 +82,7 @@ def calibrate(
             folder = folder / name if folder is not None and len(modules) > 1 else folder
             work = Calibration(module, recipe, plans[name], samples[name], settings, seed, folder)
             with show_progress(work.units, progress) as shown:
-                found[name] = work.run(shown)
+                found[name] = work.run(shown, include_rest)
     return found if len(found) > 1 else found[EXPERTS[0]]
 
 

@@ -227,6 +227,20 @@ def test_a_block_that_is_called_twice_and_a_linear_that_never_is():
     assert set(artifact.metrics["blocks"]) == {"blocks.0", "blocks.1"}
 
 
+def test_with_the_rest_it_loads_without_the_16_bit_model(tmp_path):
+    artifact = calibrate(make_model(), smoothing="search", include_rest=True)
+    artifact.save(tmp_path / "a")
+    loaded = qs.load(Model, {"blocks": 3}, tmp_path / "a", compile=False)
+    attached = qs.attach(make_model().eval(), tmp_path / "a", compile=False)
+    (args, kwargs), = make_forwards(1, seed=7)
+    with torch.no_grad():
+        assert torch.equal(loaded(*args, **kwargs), attached(*args, **kwargs))
+        assert not torch.equal(loaded(*args, **kwargs), make_model().eval()(*args, **kwargs))
+    assert loaded.blocks[0].up.rotation is not None and loaded.blocks[0].attn1.to_q.smooth is not None
+    with pytest.raises(ArtifactError, match="packed weights alone"):
+        qs.load(Model, {"blocks": 3}, calibrate(make_model()))
+
+
 def test_overrides_and_kept_layers_are_heard():
     recipe = {**RECIPE, "keep": ["*.attn2.*"], "overrides": {"blocks.0.*": {"format": "w8a8"}}}
     layers = calibrate(make_model(), recipe=recipe).layers
