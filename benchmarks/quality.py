@@ -57,10 +57,9 @@ MEASURES = ("psnr", "ssim", "relative_l2", "temporal_psnr")
 GRIDS = {"small": (16, 64), "large": (24, 96)}
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What both tables are told."""
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of names; rows are done in their order")
-    parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clips", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8, help="clips a forward; also decides their noise")
@@ -68,10 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--forwards", type=int, default=16, help="that a calibration reads")
     parser.add_argument("--side", type=int, help="of the small grid instead of 64, for trials on a CPU")
     parser.add_argument("--calibration", default="{}", help="JSON: options of `calibrate` over those of every row")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds; stops between batches of clips")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=ROOT / "out" / "quality", help="twins and artifacts")
-    return parser.parse_args()
 
 
 class Results:
@@ -194,7 +191,7 @@ class Bench:
         layers, measured = self.layers(row) if packs else ({}, {})
         if row.recipe.density == 1 and not row.compiled:
             linears = {n: self.model.get_submodule(n) for n in layers}
-            forwards = {m: functools.partial(_forward, layers[n], m.bias) for n, m in linears.items()}
+            forwards = {m: functools.partial(packed_linear, layers[n], m.bias) for n, m in linears.items()}
             with replaced_forwards(forwards):
                 yield self.model, False, measured
             return
@@ -289,7 +286,11 @@ def run_row(row: Row, bench: Bench, results: Results, deadline: float) -> bool:
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds; stops between batches of clips")
+    args = parser.parse_args()
     rows = [row for pattern in args.rows for row in all_rows().values() if fnmatchcase(row.name, pattern)]
     rows = list(dict.fromkeys(row.name for row in rows))
     if args.list:
@@ -304,7 +305,8 @@ def main() -> None:
             return
 
 
-def _forward(packed: Any, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+def packed_linear(packed: Any, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """What a linear computes once it is packed."""
     return packed_forward(packed, x, bias)
 
 
