@@ -18,6 +18,7 @@ STAGES: dict[str, dict[str, Any] | None] = {
     "global": {"rounding": "gptq", "rotation": 64, "epochs": 15, "lambda_local": 0.0},
     "local": {"rounding": "gptq", "rotation": 64, "epochs": 15, "lambda_global": 0.0},
     "msad": {"rounding": "gptq", "rotation": 64, "epochs": 15},
+    "distilled": {"rounding": "learned", "rotation": 64, "lambda_global": 0.0, "lambda_local": 0.0},
     "default": {},
 }
 SPARSE = {
@@ -51,7 +52,7 @@ class Row:
 
 def all_rows() -> dict[str, Row]:
     """Name -> row, most wanted first."""
-    learned = ("msad", "learned", "global", "local")
+    learned = ("msad", "learned", "distilled", "global", "local")
     dense = [
         ("w4a8", ("rounding", "default", "hadamard", "range", "gptq", "smoothing", *learned)),
         ("w4a4", ("rounding", "default", "hadamard", "gptq", "range", "smoothing", *learned)),
