@@ -80,11 +80,17 @@ def require_dtype(op: str, name: str, dtype: torch.dtype, allowed: tuple[torch.d
     require(dtype in allowed, op, f"{name} is {str(dtype).removeprefix('torch.')}", f"Use one of {choices}.")
 
 
-def define_op(schema: str, *, check: Callable, reference: Callable, fake: Callable, cost: OpCost) -> None:
-    """Add an op. `check` runs before the reference and before the fake, so a caller's error looks alike in both."""
+def define_op(
+    schema: str, *, check: Callable, reference: Callable, fake: Callable, cost: OpCost, asks_device: bool = False
+) -> None:
+    """Add an op. `check` runs before the reference and before the fake, so a caller's error looks alike in both.
+
+    asks_device: the reference reads values from the device to go on, which no CUDA graph can record.
+    """
     name = schema.partition("(")[0]
     # Every lowering and reference takes any strides, so Inductor need not restride for us.
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+    LIBRARY.define(schema, tags=(*tags, torch.Tag.cudagraph_unsafe) if asks_device else tags)
 
     def checked_reference(*args):
         check(*args)

@@ -44,6 +44,7 @@ define_op(
     check=check,
     reference=reference,
     fake=fake,
+    asks_device=True,
     cost=OpCost(
         flops=2 * B * H * S * D * (D + r),  # the Gram matrix and the projection; the eigenvectors of D x D are small
         bytes=b_d * B * H * (S * D + S * r + r * D),

@@ -18,7 +18,7 @@ from .library import FLOAT_DTYPES, OpCost, define_op, itemsize, require_dtype, r
 NAME = "pack_values"
 GROUP = 16
 QMAX = 448.0  # the largest e4m3
-B, H, T, D, b_v = symbols("B Hkv T D b_v")
+B, H, T, T16, D, b_v = symbols("B Hkv T T16 D b_v")
 
 
 def padded(tokens: int) -> int:
@@ -57,7 +57,7 @@ def fake(v):
 
 def bind(v):
     batch, heads, tokens, depth = v.shape
-    return {B: batch, H: heads, T: tokens, D: depth, b_v: itemsize(v)}
+    return {B: batch, H: heads, T: tokens, T16: padded(tokens), D: depth, b_v: itemsize(v)}
 
 
 define_op(
@@ -65,5 +65,5 @@ define_op(
     check=check,
     reference=reference,
     fake=fake,
-    cost=OpCost(flops=0 * B, bytes=B * H * D * (2 * b_v * T + T + 4), bind=bind),  # once for the scale, once to code
+    cost=OpCost(flops=0 * B, bytes=B * H * D * (b_v * T + T16 + 4), bind=bind),
 )

@@ -121,6 +121,7 @@ define_op(
     check=check,
     reference=reference,
     fake=fake,
+    asks_device=True,
     cost=OpCost(
         flops=4 * B * H * S * T * D,  # the dense attention: each block is visited once, kept or dropped
         bytes=B * H * S * (D * (b_q + 2 * b_o) + 8 + b_prev)

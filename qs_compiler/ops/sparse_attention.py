@@ -99,6 +99,7 @@ define_op(
     check=check,
     reference=reference,
     fake=fake,
+    asks_device=True,
     cost=OpCost(
         flops=4 * D * block**2 * kept,  # a partial block counts in full, as a kernel's tile does
         bytes=B * H * S * (D * (b_q + b_o) + 4 + b_state) + B * Hkv * T * D * (b_q + b_v) + lists,

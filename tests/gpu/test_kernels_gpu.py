@@ -7,7 +7,7 @@ from torch.nn.functional import gelu, layer_norm
 from qs_compiler.lowering import collect_fallbacks
 from qs_compiler.ops import pack_int4
 from qs_compiler.ops.formats import FORMATS
-from tests.lowering.compiled import compiled, library_calls
+from tests.lowering.compiled import compiled, gate_joins_product, library_calls
 from tests.ops.attention_cases import block_lists, random_qkv
 from tests.tolerances import FP8_WEIGHTS_ERROR, RELATIVE_ERROR, assert_close
 
@@ -103,7 +103,8 @@ def test_linear(code, depth):
 
 @pytest.mark.parametrize("name", [n for n in ("int8", "fp8") if n in NAMES])
 @pytest.mark.parametrize("dynamic", (False, True))
-def test_block_from_layer_norm_to_residual_is_two_kernels(name, dynamic):
+@pytest.mark.parametrize("batch", (1, 2))
+def test_block_from_layer_norm_to_residual_is_two_kernels(name, dynamic, batch):
     def function(x, shift, scale, wq, ws, bias, gate, residual):
         h = layer_norm(x.float(), (x.shape[-1],)) * (1 + scale) + shift
         xq, xs = quantsparse.quantize_rows(h.to(x.dtype), None, None, name)
@@ -111,10 +112,10 @@ def test_block_from_layer_norm_to_residual_is_two_kernels(name, dynamic):
 
     wq = torch.randint(-127, 128, (1024, 512), dtype=torch.int8).to(FORMATS[name].dtype)
     vectors = [torch.randn(n).to(bf16) for n in (512, 512, 1024, 1024)]
-    x, residual = torch.randn(2, 1100, 512).to(bf16), torch.randn(2, 1100, 1024).to(bf16)
+    x, residual = torch.randn(batch, 1100, 512).to(bf16), torch.randn(batch, 1100, 1024).to(bf16)
     args = x, *vectors[:2], wq, torch.rand(1024) * 1e-3, *vectors[2:], residual
     got, wanted, code = run(function, *args, dynamic=dynamic)
-    assert library_calls(code) == [] and code.count(".run(") == 2
+    assert library_calls(code) == [] and (code.count(".run(") == 2) == gate_joins_product(batch)
     compare(got, wanted, 2e-2)
 
 

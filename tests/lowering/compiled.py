@@ -3,6 +3,7 @@
 import re
 
 import torch
+from torch.torch_version import TorchVersion
 
 from qs_compiler._compat import inductor_config, run_and_get_code
 from qs_compiler.lowering import register_lowerings
@@ -21,6 +22,14 @@ def compiled(function, *args, dynamic=False):
 def kernels(code):
     """Names of the C++ kernels that the generated code calls, in order."""
     return re.findall(r"^\s+(cpp_fused\w*)\(", code[code.index("def call") :], re.MULTILINE)
+
+
+def gate_joins_product(batch):
+    """Whether gate and residual join the product's kernel. Before torch 2.13 only at batch 1.
+
+    There the product's store (batch * rows, columns) and the gated read (batch, rows, columns) are unlike.
+    """
+    return batch == 1 or TorchVersion(torch.__version__) >= (2, 13)
 
 
 def library_calls(code):

@@ -7,7 +7,7 @@ from torch.nn.functional import gelu, layer_norm
 from qs_compiler.lowering import collect_fallbacks
 from tests.fake_h100 import SHARED_MEMORY, cuda_code
 from tests.kernel_text import compile_offline, kernel_sources
-from tests.lowering.compiled import library_calls
+from tests.lowering.compiled import gate_joins_product, library_calls
 from tests.lowering.interpret import interpret
 from tests.tolerances import assert_close
 
@@ -53,21 +53,23 @@ def block(x, shift, scale, wq, ws, bias, gate, residual):
     return (residual + gate * gelu(quantsparse.linear(xq, xs, wq, ws, bias, x.dtype), approximate="tanh"),)
 
 
-def block_operands(tokens=65, width=96, columns=64):
+def block_operands(tokens=65, width=96, columns=64, batch=1):
     wq = torch.randint(-127, 128, (columns, width), dtype=torch.int8)
     rows = [torch.randn(n).to(bf16) for n in (width, width, columns, columns)]
-    x, residual = torch.randn(2, tokens, width).to(bf16), torch.randn(2, tokens, columns).to(bf16)
+    x, residual = torch.randn(batch, tokens, width).to(bf16), torch.randn(batch, tokens, columns).to(bf16)
     return x, *rows[:2], wq, torch.rand(columns) * 0.01, *rows[2:], residual
 
 
-def test_two_kernels_from_layer_norm_to_residual(tmp_path):
+@pytest.mark.parametrize("batch", (1, 2))
+def test_two_kernels_from_layer_norm_to_residual(batch, tmp_path):
     """Norm, modulation and quantiser are one kernel; product, scales, bias, GELU, gate and residual are the other."""
-    args = block_operands()
+    args = block_operands(batch=batch)
     with collect_fallbacks() as fallbacks:
         text = cuda_code(block, *args)
-    quantiser, product = kernel_sources(text).values()
+    quantiser, product, *_ = sources = list(kernel_sources(text).values())
+    assert (len(sources) == 2) == gate_joins_product(batch)
     assert "rsqrt" in quantiser and "nearbyint" in quantiser
-    assert "code_product" in product and "tanh" in product
+    assert "code_product" in product and ("tanh" in product) == gate_joins_product(batch)
     assert library_calls(text) == [] and fallbacks == []
     [got] = interpret([(text, args)], tmp_path)[0]
     # bf16 rounding between norm and quantiser may differ; one code is 1/127 of the row's largest value

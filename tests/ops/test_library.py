@@ -16,6 +16,7 @@ OPS = {
     "expand_w4",
     "linear",
     "low_rank",
+        "pack_values",
     "quantize_rows",
     "refresh_attention",
     "select_blocks",
@@ -63,6 +64,7 @@ def test_bytes_are_those_of_inputs_and_outputs():
             *(torch.randn(1, 2, 64, 4), torch.randn(1, 2, 4, 16), torch.tensor(1.0)),
         ),
         "low_rank": (o, 4),
+        "pack_values": (v,),
     }
     assert set(cases) == OPS
     for name, args in cases.items():
