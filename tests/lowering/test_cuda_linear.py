@@ -66,10 +66,11 @@ def test_two_kernels_from_layer_norm_to_residual(batch, tmp_path):
     args = block_operands(batch=batch)
     with collect_fallbacks() as fallbacks:
         text = cuda_code(block, *args)
-    quantiser, product, *_ = sources = list(kernel_sources(text).values())
+    sources = list(kernel_sources(text).values())
     assert (len(sources) == 2) == gate_joins_product(batch)
-    assert "rsqrt" in quantiser and "nearbyint" in quantiser
-    assert "code_product" in product and ("tanh" in product) == gate_joins_product(batch)
+    assert "rsqrt" in sources[0] and "nearbyint" in sources[0]
+    if gate_joins_product(batch):
+        assert "code_product" in sources[1] and "tanh" in sources[1]
     assert library_calls(text) == [] and fallbacks == []
     [got] = interpret([(text, args)], tmp_path)[0]
     # bf16 rounding between norm and quantiser may differ; one code is 1/127 of the row's largest value
