@@ -64,7 +64,7 @@ class Case:
         return 4 * self.heads * self.blocks * self.kept * BLOCK * BLOCK * self.depth
 
     def cosine(self, o: torch.Tensor) -> float:
-        """The least cosine similarity to float32 over the first, middle and last query block of head 0."""
+        """Cosine similarity to float32 of the first, middle and last query block of head 0, the least of the three."""
         worst = 1.0
         for row in (0, self.blocks // 2, self.blocks - 1):
             listed = self.lists[1][0, 0, row, : self.kept].long()
@@ -73,7 +73,7 @@ class Case:
             queries = slice(row * BLOCK, (row + 1) * BLOCK)
             q, k, v = self.q[0, 0, queries].float(), self.k[0, 0, keys].float(), self.v[0, 0, keys].float()
             wanted = torch.softmax(q @ k.T * self.scale, -1) @ v
-            worst = min(worst, float(cosine_similarity(o[0, 0, queries].float(), wanted, -1).min()))
+            worst = min(worst, float(cosine_similarity(o[0, 0, queries].float().flatten(), wanted.flatten(), 0)))
         return worst
 
 
@@ -126,11 +126,25 @@ def median_ms(function: Callable[[], object], repeats: int) -> float:
 
 
 class Table:
-    """Rows, printed as they come."""
+    """Rows, printed and written as they come."""
 
-    def __init__(self, repeats: int) -> None:
+    def __init__(self, repeats: int, output: Path) -> None:
         self.rows: list[dict] = []
-        self.repeats = repeats
+        self.repeats, self.output = repeats, output
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, row: dict) -> None:
+        """Print a row and write the file."""
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        result = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": date.today().isoformat(),
+            "device": torch.cuda.get_device_name(),
+            "versions": {"torch": torch.__version__, "qs_compiler": qs_compiler.__version__},
+            "rows": self.rows,
+        }
+        self.output.write_text(json.dumps(result, indent=1) + "\n")
 
     def add(self, name: str, shape: str, density: float, function: Callable[[], torch.Tensor], case: Case, **notes):
         """Time `function` and compare its result if it gives one."""
@@ -143,8 +157,7 @@ class Table:
                 row["cosine"] = round(case.cosine(o), 6)
         except Exception as error:  # one more row of a table: the others are still worth having
             row = {"name": name, "shape": shape, "density": density, "failed": f"{type(error).__name__}: {error}"[:300]}
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
+        self.keep(row)
 
 
 def ours(table: Table, shape: str, density: float, kinds: list[str]) -> None:
@@ -194,7 +207,7 @@ def refresh(table: Table, shape: str, density: float, kinds: list[str]) -> None:
         with collect_fallbacks() as fallbacks:
             kernel(operands, case.lists)
         if fallbacks:
-            table.rows.append({"name": f"refresh {kind}", "shape": shape, "failed": str(fallbacks)})
+            table.keep({"name": f"refresh {kind}", "shape": shape, "failed": str(fallbacks)})
             continue
         full = Case(shape, 1.0)
         table.add(f"refresh {kind} ({density:g} kept)", shape, 1.0, lambda: kernel(operands, case.lists)[0], full)
@@ -248,7 +261,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     register_lowerings()
-    table, start = Table(args.repeats), time.perf_counter()
+    table, start = Table(args.repeats, args.output), time.perf_counter()
     for shape in args.shapes:
         if time.perf_counter() - start > args.time_limit:
             print(f"stopped before {shape}: {args.time_limit:g} s are over", flush=True)
@@ -260,15 +273,6 @@ def main() -> None:
         if not args.no_anchors:
             anchors(table, shape, args.densities)
         torch.compiler.reset()
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "command": " ".join(["python", *sys.argv]),
-            "date": date.today().isoformat(),
-            "device": torch.cuda.get_device_name(),
-            "versions": {"torch": torch.__version__, "qs_compiler": qs_compiler.__version__},
-            "rows": table.rows,
-        }
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
