@@ -28,6 +28,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "register_lowering": ("torch._inductor.lowering", "register_lowering"),
     "V": ("torch._inductor.virtualized", "V"),
     "ops": ("torch._inductor.virtualized", "ops"),
+    "FloorDiv": ("torch.utils._sympy.functions", "FloorDiv"),
     # templates
     "SymbolicGridFn": ("torch._inductor.select_algorithm", "SymbolicGridFn"),
     "can_use_tma": ("torch._inductor.utils", "can_use_tma"),
@@ -114,6 +115,13 @@ def select_template(name: str, template, configs: list[dict], nodes: list, layou
             raise error
     selected = autotune_select_algorithm(name, choices, nodes, layout)
     return selected[0] if isinstance(selected, tuple) else selected  # a pair from torch 2.13 on
+
+
+def output_is_used(index: int) -> bool:
+    """Whether anything uses output `index` of the node being lowered, an op that returns several."""
+    from torch._inductor.virtualized import V
+
+    return any(user.args[1] == index and user.users for user in V.graph.current_node.users)
 
 
 def symbolic_size(shape_env: Any, value: int) -> torch.SymInt:

@@ -11,12 +11,15 @@ from .fallbacks import collect_fallbacks
 
 LOWERINGS = (
     "add_residual",
+    "block_scores",
     "dequantize",
     "expand_w4",
     "linear",
+    "low_rank",
     "pack_values",
     "quantize_rows",
-    "references",
+    "refresh_attention",
+    "select_blocks",
     "sparse_attention",
 )
 

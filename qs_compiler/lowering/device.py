@@ -212,6 +212,54 @@ def attend_blocks(
 
 
 @triton.jit
+def store_block_mass(
+    q,
+    k,
+    KS,
+    MASS,
+    blocks,
+    factor,
+    length,
+    depth,
+    k_stride,
+    total,
+    m,
+    share,
+    HEAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INT8: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Store the softmax mass of each key block, summed over the queries of a tile with the weights `share`.
+
+    The rest as in attend_blocks, whose final total and m make the softmax. MASS: `blocks` contiguous float32.
+    """
+    STEPS: tl.constexpr = BLOCK // BLOCK_N
+    m = m + tl.log2(tl.where(total > 0, total, 1.0))
+    mass = 0.0
+    for i in tl.range(0, blocks * STEPS, num_stages=STAGES):
+        key = i * BLOCK_N
+        keys = load_tile(k, key, 0, length, depth, k_stride, BLOCK_N, HEAD, TMA)
+        if INT8:
+            scores = tl.dot(q, keys.T, out_dtype=tl.int32).to(tl.float32)
+        else:
+            scores = tl.dot(q, keys.T, input_precision="ieee")
+        columns = key + tl.arange(0, BLOCK_N)
+        f = factor
+        if K_SCALES == 1:
+            f = f * tl.load(KS + i // STEPS)
+        if K_SCALES == 2:
+            scores = scores * tl.load(KS + columns, mask=columns < length, other=0.0)[None, :]
+        weights = tl.exp2(scores * f[:, None] - m[:, None]) * share[:, None]
+        part = tl.sum(tl.where((columns < length)[None, :], weights, 0.0))
+        mass = part if STEPS == 1 else tl.where(i % STEPS == 0, part, mass + part)
+        tl.store(MASS + i // STEPS, mass)  # the last step of a block has all of it
+
+
+@triton.jit
 def normalize(acc, total, m):
     """Output and natural log-sum-exp; (0, -inf) for a row without keys."""
     o = acc / tl.where(total > 0, total, 1.0)[:, None]

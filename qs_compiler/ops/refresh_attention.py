@@ -1,9 +1,12 @@
 """quantsparse::refresh_attention: dense attention that also yields what the sparse steps after it will lack.
 
-q, k, v, scales, lists and kv_len as in sparse_attention. Returns
+q, k, v, scales and kv_len as in sparse_attention. The lists too, but here every row of kv_indices holds all key blocks,
+the kept ones ascending, then the dropped ones ascending, as select_blocks and flex_attention's BlockMask give them. A
+kernel can visit the two sets one after the other. Returns
   o (B, H, S, D) in `dtype`, lse (B, H, S) float32: the dense attention;
   correction_o (B, H, S, D) in `dtype`, correction_lse (B, H, S) float32:
-    correction "residual": o - o_kept, the residual D of QuantSparse eq. 10, and the lse of the kept blocks;
+    correction "residual": o - o_kept, the residual D of QuantSparse eq. 10, o_kept rounded to `dtype` as a sparse step
+    returns it, so that their sum is o; and the lse of the kept blocks;
     correction "complement": output and lse of the dropped blocks, (0, -inf) where nothing is dropped;
   block_mass (B, H, nQ, nK) float32: softmax mass of each key block, mean over the query block's rows. Rows sum to 1
     (to 0 where no key is left).
@@ -48,8 +51,14 @@ def reference(
     gathered = GatheredAttention(q, k, v, q_scale, k_scale, v_scale, kv_len, scale, block_size)
     entries, key_blocks = gathered.entries, gathered.key_blocks
     kept = kept_blocks(num_blocks, indices)
-    kept = kept.expand(*entries.shape, key_blocks).reshape(-1, key_blocks)
     order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)  # kept blocks first, then the dropped ones
+    require(
+        indices.device.type != "cpu" or torch.equal(order, indices.long()),  # reading a device's values would stall it
+        NAME,
+        "a row of kv_indices is not the kept key blocks ascending, then the dropped ones ascending",
+        "Lists of select_blocks and of flex_attention's BlockMask are.",
+    )
+    kept, order = (x.expand(*entries.shape, key_blocks).reshape(-1, key_blocks) for x in (kept, order))
 
     o = q.new_empty((entries.numel(), block_size, q.shape[3]), dtype=dtype)
     correction_o, lse = torch.empty_like(o), q.new_empty(o.shape[:2], dtype=torch.float32)
@@ -64,7 +73,7 @@ def reference(
             o_all, lse_all = merge_states(o_kept, lse_kept, o_dropped, lse_dropped)
             residual = correction == "residual"
             o[part], lse[part] = o_all.to(dtype), lse_all
-            correction_o[part] = (o_all - o_kept if residual else o_dropped).to(dtype)
+            correction_o[part] = (o_all - o_kept.to(dtype) if residual else o_dropped).to(dtype)
             correction_lse[part] = lse_kept if residual else lse_dropped
 
             share_kept, share_dropped = (torch.exp(x - finite(lse_all))[..., None] for x in (lse_kept, lse_dropped))

@@ -38,6 +38,12 @@ class Libdevice:
         return (x + shift) - shift
 
     @staticmethod
+    def exp(x):
+        import triton.language as tl
+
+        return tl.exp(x)
+
+    @staticmethod
     def rsqrt(x):
         import triton.language as tl
 

@@ -6,7 +6,6 @@ from qs_compiler.lowering import collect_fallbacks
 from qs_compiler.ops import pack_int4
 from qs_compiler.ops.formats import FORMATS
 from tests.fake_h100 import cuda_code
-from tests.kernel_text import kernel_sources
 from tests.lowering.compiled import library_calls
 from tests.lowering.interpret import interpret
 from tests.ops.attention_cases import BLOCK, random_qkv
@@ -96,6 +95,6 @@ def test_references_on_cuda_are_reported():
         return quantsparse.low_rank(many[2], 4)
 
     with collect_fallbacks() as outer, collect_fallbacks() as fallbacks:
-        text = cuda_code(function, *random_qkv(1, 2, 2, 96, 96, 16, bf16))
-    assert [op for op, _ in fallbacks] == ["block_scores", "select_blocks", "refresh_attention", "low_rank"]
-    assert outer == [] and kernel_sources(text) == {}
+        text = cuda_code(function, *random_qkv(1, 2, 2, 96, 96, 320, bf16))
+    assert [op for op, _ in fallbacks] == ["refresh_attention"] and "head width 320" in fallbacks[0][1]
+    assert outer == [] and "torch.ops.quantsparse.refresh_attention.default" in library_calls(text)

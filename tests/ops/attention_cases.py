@@ -6,15 +6,19 @@ GARBAGE_INDEX = 31_999  # what an ignored list entry may hold; fits int16
 BLOCK = 32
 
 
-def block_lists(batch, heads, query_blocks, key_blocks, *, seed=0, least=0, dtype=torch.int32, counts=None):
-    """Random ascending lists, another count for each row, garbage past the count."""
+def block_lists(
+    batch, heads, query_blocks, key_blocks, *, seed=0, least=0, dtype=torch.int32, counts=None, complete=False
+):
+    """Random ascending lists, another count for each row; past the count the other blocks (complete) or garbage."""
     rng = torch.Generator().manual_seed(seed)
     shape = (batch, heads, query_blocks)
     drawn = torch.randint(least, key_blocks + 1, shape, generator=rng)
     counts = drawn if counts is None else torch.full(shape, counts)
     order = torch.rand((*shape, key_blocks), generator=rng).argsort(-1)
     listed = torch.arange(key_blocks) < counts[..., None]
-    return counts.int(), torch.where(listed, order, GARBAGE_INDEX).sort(-1).values.to(dtype)
+    kept = torch.where(listed, order, GARBAGE_INDEX).sort(-1).values
+    dropped = torch.where(listed, -1, order).sort(-1).values
+    return counts.int(), (torch.where(listed, kept, dropped) if complete else kept).to(dtype)
 
 
 def dense_mask(kv_num_blocks, kv_indices, batch, heads, tokens, keys, block=BLOCK):

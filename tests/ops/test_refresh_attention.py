@@ -31,7 +31,7 @@ def naive_mass(weights, tokens, keys):
 def test_dense_output_corrections_and_mass(tokens, dtype):
     keys = tokens + 17
     q, k, v = random_qkv(2, 4, 2, tokens, keys, 24, dtype)
-    lists = block_lists(2, 4, blocks(tokens), blocks(keys))
+    lists = block_lists(2, 4, blocks(tokens), blocks(keys), complete=True)
     mask = dense_mask(*lists, 2, 4, tokens, keys)
     dense_o, dense_lse, weights = attention(q, k, v, torch.ones_like(mask), 0.2)
     kept_o, kept_lse, _ = attention(q, k, v, mask, 0.2)
@@ -51,7 +51,7 @@ def test_dense_output_corrections_and_mass(tokens, dtype):
 def test_corrections_make_a_sparse_step_dense():
     """What a refresh leaves behind restores the dense output while nothing moves."""
     q, k, v = random_qkv(1, 2, 1, 100, 129, 16, torch.float32)
-    lists = block_lists(1, 2, 4, 5)
+    lists = block_lists(1, 2, 4, 5, complete=True)
     sparse = (q, k, v, None, None, None, *lists, None)
     o, lse, residual, _, _ = call(q, k, v, lists, "residual")
     sparse_o, _ = torch.ops.quantsparse.sparse_attention(*sparse, None, None, 0.2, BLOCK, torch.float32)
@@ -76,7 +76,7 @@ def test_a_part_of_vanishing_mass_keeps_its_log_sum_exp():
 def test_masked_keys_are_never_read_and_rows_without_keys_are_zero():
     q, k, v = random_qkv(2, 2, 2, 70, 100, 16, torch.float32)
     kv_len = torch.tensor([40, 0], dtype=torch.int32)
-    lists = block_lists(2, 2, 3, 4)
+    lists = block_lists(2, 2, 3, 4, complete=True)
     mask = (torch.arange(100) < kv_len[:, None])[:, None, None].expand(2, 2, 70, 100)
     dense_o, dense_lse, weights = attention(q, k, v, mask, 0.2)
     for b, length in enumerate(kv_len):
@@ -91,7 +91,7 @@ def test_masked_keys_are_never_read_and_rows_without_keys_are_zero():
 def test_codes_with_scales_equal_their_values():
     q, k, v = (x.mul(20).clamp(-120, 120).to(torch.int8) for x in random_qkv(1, 2, 1, 70, 64, 16, torch.float32))
     scales = torch.rand(1, 2, 70) * 0.02, torch.rand(1, 1, 2) * 0.02, torch.rand(1, 1, 16)
-    lists = block_lists(1, 2, 3, 2)
+    lists = block_lists(1, 2, 3, 2, complete=True)
     wide_k = scales[1].repeat_interleave(BLOCK, -1)
     values = q * scales[0][..., None], k * wide_k[..., None], v * scales[2][:, :, None]
     coded = call(q, k, v, lists, "residual", scales=scales, dtype=torch.float32)
@@ -101,7 +101,7 @@ def test_codes_with_scales_equal_their_values():
 
 def test_nothing_is_tokens_by_keys():
     q, k, v = random_qkv(1, 2, 1, 4096, 4096, 16, torch.float32)
-    lists = block_lists(1, 2, blocks(4096), blocks(4096), counts=32)
+    lists = block_lists(1, 2, blocks(4096), blocks(4096), counts=32, complete=True)
     with LargestTensor() as largest:
         module.reference(q, k, v, None, None, None, *lists, None, None, "residual", 0.2, BLOCK, torch.float32)
     assert largest.elements < 4096 * 4096 // 8
@@ -110,7 +110,7 @@ def test_nothing_is_tokens_by_keys():
 @pytest.mark.parametrize("correction", module.CORRECTIONS)
 def test_opcheck(correction):
     q, k, v = random_qkv(1, 2, 1, 65, 40, 16, torch.float32)
-    lists = block_lists(1, 2, 3, 2)
+    lists = block_lists(1, 2, 3, 2, complete=True)
     kv_len = torch.tensor([33], dtype=torch.int32)
     args = (q, k, v, None, None, None, *lists, kv_len, torch.zeros(1, 2, 65), correction, 0.2, BLOCK, torch.bfloat16)
     torch.library.opcheck(refresh_attention, args)
@@ -118,11 +118,13 @@ def test_opcheck(correction):
 
 def test_flops_and_bad_input():
     q, k, v = random_qkv(1, 2, 1, 65, 40, 16, torch.float32)
-    lists = block_lists(1, 2, 3, 2)
+    lists = block_lists(1, 2, 3, 2, complete=True)
     with FlopCounterMode(display=False) as counter:
         call(q, k, v, lists, "residual")
     assert counter.get_total_flops() == 4 * 2 * 65 * 40 * 16
     with pytest.raises(OpInputError, match="correction 'second' is not known"):
         call(q, k, v, lists, "second")
+    with pytest.raises(OpInputError, match="a row of kv_indices is not the kept key blocks ascending"):
+        call(q, k, v, (lists[0], lists[1].flip(-1)), "residual")
     with pytest.raises(OpInputError, match=r"lse_prev has shape \(1, 2, 64\)"):
         call(q, k, v, lists, "residual", lse_prev=torch.zeros(1, 2, 64))
