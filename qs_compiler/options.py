@@ -42,6 +42,7 @@ FORMATS = {
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 OVERRIDABLE = ("format", "density")
+CACHE_FORMATS = ("bf16", "fp8", "int8", "int4", "rank16", "rank32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Recipe:
             softmax resumes from the cached output and log-sum-exp of the dropped blocks).
         gain: weight of the extrapolation k steps after the refresh, tau = interval: `0`, `1` (the paper) or `k/tau`.
         rank: rank of the second-order term (the paper: 16).
-        cache_format: storage of the residuals, hence part of the numerics.
+        cache_format: storage of the residuals, hence part of the numerics: `bf16`; `fp8`, `int8` or `int4` with a scale
+            a token; or the best factors of rank 16 or 32.
         interval: a refresh every n-th step.
         warmup: fraction of the first steps that runs dense.
         keep: name patterns (fnmatch) of layers that stay in 16 bit.
@@ -76,7 +78,7 @@ class Recipe:
     correction: Literal["none", "first_order", "second_order", "complement"] = "first_order"
     gain: Literal["0", "1", "k/tau"] = "k/tau"
     rank: int = 16
-    cache_format: Literal["bf16", "fp8", "int8", "int4"] = "bf16"
+    cache_format: Literal["bf16", "fp8", "int8", "int4", "rank16", "rank32"] = "bf16"
     interval: int = 5
     warmup: float = 0.1
     keep: tuple[str, ...] = ()
@@ -90,7 +92,7 @@ class Recipe:
         _one_of("correction", self.correction, ("none", "first_order", "second_order", "complement"))
         _one_of("gain", self.gain, ("0", "1", "k/tau"))
         _integer("rank", self.rank, 1, 128)
-        _one_of("cache_format", self.cache_format, ("bf16", "fp8", "int8", "int4"))
+        _one_of("cache_format", self.cache_format, CACHE_FORMATS)
         _integer("interval", self.interval, 1)
         _number("warmup", self.warmup, "from 0 to 1, a fraction of the steps", lambda v: 0 <= v <= 1)
         _one_of("group_size", self.group_size, (32, 64, 128, 256))

@@ -156,7 +156,8 @@ def kept_blocks(model: nn.Module, run: DenoisingRun, branch: str) -> list[KeptBl
     for entry in run.caches(branch):
         numbers, indices = (entry.tensors[slot][0].cpu() for slot in ("kv_num_blocks", "kv_indices"))
         kept = torch.arange(indices.shape[-1]) < numbers[..., None]
-        blocks = torch.zeros(indices.shape, dtype=torch.bool).scatter_(-1, indices.long(), kept)
+        blocks = torch.zeros((*numbers.shape, numbers.shape[-1]), dtype=torch.bool)  # as many key as query blocks
+        blocks.scatter_(-1, indices.long(), kept)
         found.append(KeptBlocks(names.get(id(entry.owner()), "?"), blocks))
     return found
 

@@ -13,26 +13,33 @@ OP = torch.ops.quantsparse.add_residual.default
 
 @register_lowering(OP, type_promotion_kind=None)
 def lower_add_residual(o, residual, residual_scale, left, right, gain):
-    if (reason := why_no_dtype(o.get_device(), residual.get_dtype())) is not None:
+    stored = o if residual is None else residual
+    if (reason := why_no_dtype(o.get_device(), stored.get_dtype())) is not None:
         return call_reference(OP, reason, o, residual, residual_scale, left, right, gain)
-    value = unpack_int4(residual) if residual.get_dtype() == torch.uint8 else L.to_dtype(residual, f32)
-    if residual_scale is not None:
-        value = L.mul(value, L.unsqueeze(residual_scale, -1))
-    y = L.add(L.to_dtype(o, f32), value)
+    y = L.to_dtype(o, f32)
+    if residual is not None:
+        value = unpack_int4(residual) if residual.get_dtype() == torch.uint8 else L.to_dtype(residual, f32)
+        if residual_scale is not None:
+            value = L.mul(value, L.unsqueeze(L.to_dtype(residual_scale, f32), -1))
+        y = L.add(y, value)
     if left is not None:
-        y = L.add(y, L.mul(low_rank_term(left, right), per_head(L.to_dtype(gain, f32))))
+        term = low_rank_term(left, right, f32 if o.get_dtype() == f32 else left.get_dtype())
+        y = L.add(y, term if gain is None else L.mul(term, per_head(L.to_dtype(gain, f32))))
     return L.to_dtype(y, o.get_dtype())
 
 
-def low_rank_term(left, right):
-    """left (B, H, S, r) @ right (B, H, r, D) in float32."""
+def low_rank_term(left, right, dtype):
+    """left (B, H, S, r) @ right (B, H, r, D), stored in `dtype`, returned in float32.
+
+    16-bit factors of a 16-bit output multiply on the tensor cores, and the product takes half the memory.
+    """
     batch, heads, tokens, rank = left.get_size()
     depth = right.get_size()[3]
     product = lowerings[torch.ops.aten.bmm.default](
-        L.view(L.to_dtype(left, f32), [batch * heads, tokens, rank]),
-        L.view(L.to_dtype(right, f32), [batch * heads, rank, depth]),
+        L.view(L.to_dtype(left, dtype), [batch * heads, tokens, rank]),
+        L.view(L.to_dtype(right, dtype), [batch * heads, rank, depth]),
     )
-    return L.view(product, [batch, heads, tokens, depth])
+    return L.to_dtype(L.view(product, [batch, heads, tokens, depth]), f32)
 
 
 def per_head(gain):

@@ -43,9 +43,12 @@ def require_kv_len(op: str, kv_len: torch.Tensor | None, batch: int) -> None:
 
 
 def check_attention(
-    op, q, k, v, q_scale, k_scale, v_scale, kv_num_blocks, kv_indices, kv_len, block_size, dtype
+    op, q, k, v, q_scale, k_scale, v_scale, kv_num_blocks, kv_indices, kv_len, block_size, dtype, kept_only=False
 ) -> None:
-    """Raise OpInputError unless the arguments common to sparse_attention and refresh_attention fit together."""
+    """Raise OpInputError unless the arguments common to sparse_attention and refresh_attention fit together.
+
+    kept_only: a row of kv_indices may end after the kept blocks.
+    """
     require_heads(op, q, k)
     require_block_size(op, block_size)
     require_dtype(op, "dtype", dtype, FLOAT_DTYPES)
@@ -71,7 +74,14 @@ def check_attention(
     require_dtype(op, "kv_num_blocks", kv_num_blocks.dtype, (torch.int32,))
     require_dtype(op, "kv_indices", kv_indices.dtype, INDEX_DTYPES)
     require_shape(op, "kv_num_blocks", kv_num_blocks, (None, None, query_blocks))
-    require_shape(op, "kv_indices", kv_indices, (*kv_num_blocks.shape[:2], query_blocks, key_blocks))
+    require_shape(op, "kv_indices", kv_indices, (*kv_num_blocks.shape[:2], query_blocks, None))
+    listed = kv_indices.shape[3]
+    require(
+        listed == key_blocks or (listed < key_blocks and kept_only),
+        op,
+        f"kv_indices lists {listed} of {key_blocks} key blocks",
+        "A row lists the kept ones at most." if kept_only else "A row lists all of them, kept ones first.",
+    )
     for name, size, full in zip(("batches", "heads"), kv_num_blocks.shape[:2], q.shape[:2], strict=True):
         require(
             size == 1 or size == full, op, f"kv_num_blocks has {size} {name}, q has {full}", "Give 1 or as many as q."

@@ -3,10 +3,10 @@
 q (B, H, S, D), k and v (B, Hkv, T, D), Hkv divides H; float, or int8/fp8 with float32 scales: q_scale, k_scale per
 token (B, H, S), (B, Hkv, T) or per block (B, H, nQ), (B, Hkv, nK), positive; v_scale (B, Hkv, D). v may be what
 pack_values gives, uint8 (B, Hkv, D, T16). The lists have the layout of flex_attention's BlockMask: kv_num_blocks
-(Bm, Hm, nQ) int32, kv_indices (Bm, Hm, nQ, nK) int32 or int16, Bm in {1, B}, Hm in {1, H}: the kept blocks, those that
-reach past the keys after all others (ascending lists do that); entries past kv_num_blocks are ignored. kv_len (B,):
-keys from kv_len on are masked. state_o (B, H, S, D) and state_lse (B, H, S) float32: output and log-sum-exp of the
-dropped blocks, from which the softmax resumes.
+(Bm, Hm, nQ) int32, kv_indices (Bm, Hm, nQ, n) int32 or int16, n <= nK, Bm in {1, B}, Hm in {1, H}: the kept blocks,
+those that reach past the keys after all others (ascending lists do that); entries past kv_num_blocks are ignored.
+kv_len (B,): keys from kv_len on are masked. state_o (B, H, S, D) and state_lse (B, H, S) float32: output and
+log-sum-exp of the dropped blocks, from which the softmax resumes.
 Returns o (B, H, S, D) in `dtype` and lse (B, H, S) float32, natural log; a row without any key has o = 0, lse = -inf.
 """
 
@@ -28,7 +28,8 @@ B, H, Hkv, S, T, D, block, kept, b_q, b_v, b_o, b_state, lists = symbols(
 def check(
     q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len, state_o, state_lse, scale, block_size, dtype
 ):
-    check_attention(NAME, q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len, block_size, dtype)
+    shared = (q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len, block_size, dtype)
+    check_attention(NAME, *shared, kept_only=True)
     require(
         (state_o is None) == (state_lse is None),
         NAME,

@@ -46,7 +46,7 @@ class AttentionSite:
     """One self-attention of the graph that may run sparse.
 
     `anchor` is the index of the graph input whose identity says which layer is running: the weight of the linear
-    that feeds q. `ordinal` tells sites with the same anchor apart.
+    that feeds q. `ordinal` tells sites with the same anchor apart. `shape` is that of q, (B, H, S, D).
     """
 
     index: int
@@ -55,6 +55,7 @@ class AttentionSite:
     ordinal: int
     budget: int
     kv_blocks: int
+    shape: tuple[Any, ...]
 
 
 @dataclasses.dataclass

@@ -14,6 +14,8 @@ The complement form caches the output and log-sum-exp of the dropped blocks; the
 Refresh, after:   aten.copy_(state_o, refresh[2]); aten.copy_(state_lse, refresh[3])
 Sparse, after:    sparse = quantsparse.sparse_attention(..., state_o, state_lse, ...)
 
+With a cache format of rank r the residual itself is stored as factors, residual ~ residual_left residual_right.
+
 Caches are graph inputs of one (video, layer, branch), written by aten.copy_ alone.
 """
 
@@ -26,10 +28,10 @@ import torch
 from torch import fx
 
 from ..ops.expand_w4 import join_nibbles, unpack_int4
-from ..runtime.inputs import Cached
-from .base import GraphPass, PassContext, PassResult, Phase, splice
+from ..runtime.cache_layout import FACTORS, SCALES, VALUES, cache_rank, cache_slots
+from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
 from .quantize_linear import _call
-from .sparsify_attention import _fake, _flag
+from .sparsify_attention import _flag, cache_input
 
 aten, qs = torch.ops.aten, torch.ops.quantsparse
 
@@ -58,21 +60,20 @@ class ReparameterizeResidual(GraphPass):
 
     def write(self, graph: fx.Graph, node: fx.Node, context: PassContext) -> None:
         """Renew the caches after a refresh."""
-        recipe, site = context.recipe, node.meta["qs_site"].index
+        recipe, site = context.recipe, node.meta["qs_site"]
         anchor = node.next
         with graph.inserting_before(anchor):
             correction = _call(graph, node, operator.getitem, node, 2)
             lse = _call(graph, node, operator.getitem, node, 3)
-        caches = self.residual_inputs(graph, context, site, correction)
+        caches = residual_inputs(context, site, correction)
         stored = splice(graph, anchor, store(recipe.cache_format), correction)
-        stored = stored if isinstance(stored, tuple) else (stored,)
         if recipe.correction == "second_order":
             first = _flag(context, correction, "new_video")
-            factors = splice(graph, anchor, _second_order(recipe.rank), first, correction, *caches)
-            caches += self.factor_inputs(context, site, correction, recipe.rank)
-            stored += tuple(factors)
+            change = _second_order(recipe.cache_format, recipe.rank)
+            stored += splice(graph, anchor, change, first, correction, *caches)
+            caches += factor_inputs(context, site, correction)
         if recipe.correction == "complement":
-            caches += (self.lse_input(context, site, lse),)
+            caches += (cache_input(context, site, "state_lse", lse),)
             stored += (lse,)
         with graph.inserting_before(anchor):
             for cache, new in zip(caches, stored, strict=True):
@@ -80,60 +81,56 @@ class ReparameterizeResidual(GraphPass):
 
     def read(self, graph: fx.Graph, node: fx.Node, context: PassContext) -> None:
         """Use the caches in a sparse step."""
-        recipe, site = context.recipe, node.meta["qs_site"].index
+        recipe, site = context.recipe, node.meta["qs_site"]
         (out,) = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
-        residual, *scale = self.residual_inputs(graph, context, site, out)
+        caches = residual_inputs(context, site, out)
         if recipe.correction == "complement":
-            state = splice(graph, node, load(recipe.cache_format, out.meta["val"].dtype), residual, *scale)
-            lse = self.lse_input(context, site, out)
+            state = splice(graph, node, load(recipe.cache_format, out.meta["val"].dtype), *caches)
+            lse = cache_input(context, site, "state_lse", out)
             arguments = list(node.args)
             arguments[9:11] = [state, lse]
             node.args = tuple(arguments)
             return
-        left = right = gain = None
+        terms: list[tuple[fx.Node | None, ...]] = []  # residual, its scale, left, right, gain
+        second = (None, None, None)
         if recipe.correction == "second_order":
-            left, right = self.factor_inputs(context, site, out, recipe.rank)
-            gain = _flag(context, out, "gain")
-        with graph.inserting_after(out):
-            new = _call(graph, node, qs.add_residual.default, out, residual, *(scale or [None]), left, right, gain)
-        out.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-
-    def residual_inputs(
-        self, graph: fx.Graph, context: PassContext, site: int, like: fx.Node
-    ) -> tuple[fx.Node, ...]:
-        """Graph inputs that hold one site's residual in the recipe's cache format."""
-        with like.meta["val"].fake_mode:
-            values = store(context.recipe.cache_format)(like.meta["val"])
-        values = values if isinstance(values, tuple) else (values,)
-        return tuple(
-            context.add_input(f"{name}_{site}", value, Cached(site, name))
-            for name, value in zip(("residual", "residual_scale"), values, strict=False)
-        )
-
-    def factor_inputs(self, context: PassContext, site: int, like: fx.Node, rank: int) -> tuple[fx.Node, fx.Node]:
-        """Graph inputs for the factors of the second-order term: (B, H, S, r) and (B, H, r, D)."""
-        batch, heads, rows, dim = like.meta["val"].shape
-        rank = min(rank, dim)
-        dtype = like.meta["val"].dtype
-        return (
-            context.add_input(f"left_{site}", _fake(like, (batch, heads, rows, rank), dtype), Cached(site, "left")),
-            context.add_input(f"right_{site}", _fake(like, (batch, heads, rank, dim), dtype), Cached(site, "right")),
-        )
-
-    def lse_input(self, context: PassContext, site: int, like: fx.Node) -> fx.Node:
-        """Graph input for the log-sum-exp of the dropped blocks, (B, H, S) fp32."""
-        shape = tuple(like.meta["val"].shape[:3])
-        return context.add_input(f"state_lse_{site}", _fake(like, shape, torch.float32), Cached(site, "state_lse"))
+            second = (*factor_inputs(context, site, out), _flag(context, out, "gain"))
+        if cache_rank(recipe.cache_format) is None:
+            terms.append((*caches, *(None,) * (2 - len(caches)), *second))
+        else:
+            terms.append((None, None, *caches, None))
+            if second[0] is not None:
+                terms.append((None, None, *second))
+        new, added = out, set()
+        for term in terms:
+            with graph.inserting_after(new):
+                new = _call(graph, node, qs.add_residual.default, new, *term)
+            added.add(new)
+        out.replace_all_uses_with(new, delete_user_cb=lambda user: user not in added)
 
 
-def store(cache_format: str) -> Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
-    """Function that turns a correction (B, H, S, D) into what the cache holds."""
+def residual_inputs(context: PassContext, site: AttentionSite, like: fx.Node) -> tuple[fx.Node, ...]:
+    """Graph inputs that hold one site's residual in the recipe's cache format."""
+    slots = cache_slots(context.recipe, site.shape)
+    return tuple(cache_input(context, site, name, like) for name in slots if name.startswith("residual"))
 
-    def to_cache(x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if cache_format == "bf16":
-            return x.to(torch.bfloat16)
+
+def factor_inputs(context: PassContext, site: AttentionSite, like: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Graph inputs for the factors of the second-order term: (B, H, S, r) and (B, H, r, D)."""
+    return cache_input(context, site, "left", like), cache_input(context, site, "right", like)
+
+
+def store(cache_format: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Function that turns a correction (B, H, S, D) into what the slots of the cache hold, in their order."""
+
+    def to_cache(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if (rank := cache_rank(cache_format)) is not None:
+            left, right = qs.low_rank.default(x, min(rank, x.shape[-1]))
+            return left.to(FACTORS), right.to(FACTORS)
+        if cache_format not in SCALES:
+            return (x.to(VALUES[cache_format]),)
         values, scale = qs.quantize_rows.default(x, None, None, cache_format)
-        return (join_nibbles(values) if cache_format == "int4" else values), scale
+        return join_nibbles(values) if cache_format == "int4" else values, scale.to(SCALES[cache_format])
 
     return to_cache
 
@@ -141,24 +138,24 @@ def store(cache_format: str) -> Callable[[torch.Tensor], torch.Tensor | tuple[to
 def load(cache_format: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """The inverse of `store`, in `dtype`."""
 
-    def from_cache(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        if scale is None:
+    def from_cache(x: torch.Tensor, second: torch.Tensor | None = None) -> torch.Tensor:
+        if second is None:
             return x.to(dtype)
+        if cache_rank(cache_format) is not None:
+            return x.to(dtype) @ second.to(dtype)
         values = unpack_int4(x) if cache_format == "int4" else x
-        return (values.float() * scale[..., None]).to(dtype)
+        return (values.float() * second[..., None].float()).to(dtype)
 
     return from_cache
 
 
-def _second_order(rank: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _second_order(cache_format: str, rank: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """lowrank_r(D - D_prev), zero at the first refresh of a video, which has no D_prev."""
 
-    def factors(
-        first: torch.Tensor, new: torch.Tensor, old: torch.Tensor, scale: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        cache_format = "bf16" if scale is None else "int4" if old.dtype == torch.uint8 else "int8"
-        difference = new - load(cache_format, new.dtype)(old, scale)
+    def factors(first: torch.Tensor, new: torch.Tensor, *old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        difference = new - load(cache_format, new.dtype)(*old)
         difference = torch.where(first, torch.zeros_like(difference), difference)
-        return qs.low_rank.default(difference, min(rank, new.shape[-1]))
+        left, right = qs.low_rank.default(difference, min(rank, new.shape[-1]))
+        return left.to(FACTORS), right.to(FACTORS)
 
     return factors

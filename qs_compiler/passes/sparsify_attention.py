@@ -10,7 +10,7 @@ After, refresh:  scores = torch.ops.quantsparse.block_scores.default(q, k, kv_le
                  refresh = torch.ops.quantsparse.refresh_attention.default(q, k, v, ..., kept[0], kept[1], ...)
                  o = refresh[0]                                   # dense
                  copy_ = torch.ops.aten.copy_.default(kv_num_blocks, kept[0])
-                 copy__1 = torch.ops.aten.copy_.default(kv_indices, kept[1])
+                 copy__1 = torch.ops.aten.copy_.default(kv_indices, kept[1][..., :budget].to(torch.int16))
 
 The dense phase is left alone: the pass only finds the sites. The block lists are graph inputs that belong to one
 (video, layer, branch); a mask is chosen before the refresh that uses it and stays until the next one.
@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from .. import _compat
+from ..runtime.cache_layout import block_budget, cache_slots
 from ..runtime.inputs import Cached, Scalar
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
 from .quantize_linear import _call
@@ -64,21 +65,22 @@ class SparsifyAttention(GraphPass):
                 ordinal=ordinals[anchor],
                 budget=block_budget(context.recipe.density, kv_blocks),
                 kv_blocks=kv_blocks,
+                shape=tuple(q.shape),
             )
             context.sites.append(site)
             result.matched += 1
             if context.phase is Phase.DENSE:
                 continue
             rewrite = self.refresh if context.phase is Phase.REFRESH else self.sparse
-            new = rewrite(graph, node, site, context, math.ceil(q.shape[2] / block))
+            new = rewrite(graph, node, site, context)
             node.replace_all_uses_with(new)
             graph.erase_node(node)
         return result
 
-    def sparse(self, graph: fx.Graph, node: fx.Node, site: AttentionSite, context: PassContext, rows: int) -> fx.Node:
+    def sparse(self, graph: fx.Graph, node: fx.Node, site: AttentionSite, context: PassContext) -> fx.Node:
         """The sparse form of one attention."""
         q, k, v = node.args[:3]
-        lists = _block_lists(site, context, q, rows)
+        lists = _block_lists(site, context, q)
         with graph.inserting_before(node):
             both = _call(
                 graph, node, qs.sparse_attention.default, q, k, v, None, None, None, *lists, node.meta.get("kv_len"),
@@ -87,25 +89,23 @@ class SparsifyAttention(GraphPass):
             both.meta["qs_site"] = site
             return _call(graph, node, operator.getitem, both, 0)
 
-    def refresh(self, graph: fx.Graph, node: fx.Node, site: AttentionSite, context: PassContext, rows: int) -> fx.Node:
+    def refresh(self, graph: fx.Graph, node: fx.Node, site: AttentionSite, context: PassContext) -> fx.Node:
         """The dense form that renews the block lists."""
         q, k, v = node.args[:3]
         recipe, kv_len = context.recipe, node.meta.get("kv_len")
-        lists = _block_lists(site, context, q, rows)
+        lists = _block_lists(site, context, q)
         scores = splice(graph, node, qs.block_scores.default, q, k, kv_len, _scale(node), recipe.block_size)
         mass = None
         if recipe.mask == "mass":
-            shape = (*q.meta["val"].shape[:2], rows, site.kv_blocks)
-            mass = context.add_input(
-                f"block_mass_{site.index}", _fake(q, shape, torch.float32), Cached(site.index, "block_mass")
-            )
+            mass = cache_input(context, site, "block_mass", q)
             first = _flag(context, q, "new_video")
             scores = splice(graph, node, torch.where, first, scores, mass)
-        kept = splice(graph, node, _select, scores, site.budget)
         if recipe.correction == "second_order":
             # D and D_prev must belong to one mask, so a video keeps the mask of its first refresh.
             first = _flag(context, q, "new_video")
-            kept = splice(graph, node, _keep_old, first, *kept, *lists)
+            scores = splice(graph, node, _keep_old, first, scores, *lists)
+        kept = splice(graph, node, _select, scores, site.budget)
+        stored = (kept[0], splice(graph, node, _listed, kept[1], site.budget))
         with graph.inserting_before(node):
             correction = "complement" if recipe.correction == "complement" else "residual"
             many = _call(
@@ -113,16 +113,11 @@ class SparsifyAttention(GraphPass):
                 _scale(node), recipe.block_size, node.meta["val"].dtype,
             )  # fmt: skip
             many.meta["qs_site"] = site
-            for cache, new in zip(lists, kept, strict=True):
+            for cache, new in zip(lists, stored, strict=True):
                 _call(graph, node, aten.copy_.default, cache, new)
             if mass is not None:
                 _call(graph, node, aten.copy_.default, mass, _call(graph, node, operator.getitem, many, 4))
             return _call(graph, node, operator.getitem, many, 0)
-
-
-def block_budget(density: float, kv_blocks: int) -> int:
-    """Key blocks kept for each query block: the density's share, at least one."""
-    return max(1, round(density * kv_blocks))
 
 
 def why_not(node: fx.Node, context: PassContext) -> str | None:
@@ -183,14 +178,15 @@ def _nearest_input(linear: fx.Node, owned: dict[fx.Node, int], context: PassCont
     return None
 
 
-def _block_lists(site: AttentionSite, context: PassContext, q: fx.Node, rows: int) -> tuple[fx.Node, fx.Node]:
-    batch, heads = q.meta["val"].shape[:2]
-    number = _fake(q, (batch, heads, rows), torch.int32)
-    indices = _fake(q, (batch, heads, rows, site.kv_blocks), torch.int32)
-    return (
-        context.add_input(f"kv_num_blocks_{site.index}", number, Cached(site.index, "kv_num_blocks")),
-        context.add_input(f"kv_indices_{site.index}", indices, Cached(site.index, "kv_indices")),
-    )
+def cache_input(context: PassContext, site: AttentionSite, slot: str, like: fx.Node) -> fx.Node:
+    """The graph input that holds one slot of a site's caches, on the device of `like`."""
+    layout = cache_slots(context.recipe, site.shape)[slot]
+    example = _fake(like, layout.shape, layout.dtype)
+    return context.add_input(f"{slot}_{site.index}", example, Cached(site.index, slot))
+
+
+def _block_lists(site: AttentionSite, context: PassContext, q: fx.Node) -> tuple[fx.Node, fx.Node]:
+    return cache_input(context, site, "kv_num_blocks", q), cache_input(context, site, "kv_indices", q)
 
 
 def _flag(context: PassContext, like: fx.Node, name: str) -> fx.Node:
@@ -204,10 +200,15 @@ def _select(scores: torch.Tensor, budget: int) -> tuple[torch.Tensor, torch.Tens
     return qs.select_blocks.default(scores, always_keep, budget)
 
 
-def _keep_old(
-    first: torch.Tensor, number: torch.Tensor, indices: torch.Tensor, old_number: torch.Tensor, old: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.where(first, number, old_number), torch.where(first, indices, old)
+def _keep_old(first: torch.Tensor, scores: torch.Tensor, number: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Scores that choose the listed blocks again, but in the first refresh of a video."""
+    listed = torch.arange(indices.shape[-1], device=indices.device) < number[..., None]
+    old = torch.zeros_like(scores).scatter(-1, indices.long(), listed.to(scores.dtype))
+    return torch.where(first, scores, old)
+
+
+def _listed(indices: torch.Tensor, budget: int) -> torch.Tensor:
+    return indices[..., :budget].to(torch.int16)
 
 
 def _fake(like: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

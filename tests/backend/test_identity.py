@@ -97,7 +97,7 @@ def test_two_models_over_two_videos(way: Compile, recipe: dict) -> None:
 
 
 @pytest.mark.parametrize("correction", ["first_order", "second_order", "complement"])
-@pytest.mark.parametrize("cache_format", ["bf16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("cache_format", ["bf16", "fp8", "int8", "int4", "rank16"])
 def test_a_corrected_sparse_step_on_the_inputs_of_its_refresh_is_dense(correction: str, cache_format: str) -> None:
     model, inputs = make(1), clip(7, STEPS)[2]
     errors = {}
@@ -111,7 +111,8 @@ def test_a_corrected_sparse_step_on_the_inputs_of_its_refresh_is_dense(correctio
                 outputs.append(compiled(**inputs))
         errors[kind] = [float((o - outputs[0]).norm() / outputs[0].norm()) for o in outputs[1:]]
     # What rounding the correction to 8, 8, 4 and 3 significant bits leaves of its size, which is about the output's.
-    limit = {"bf16": 2**-8, "int8": 2**-7, "fp8": 2**-4, "int4": 2**-3}[cache_format]
+    # Heads of 16 channels have no residual of a higher rank than 16.
+    limit = {"bf16": 2**-8, "rank16": 2**-8, "int8": 2**-7, "fp8": 2**-4, "int4": 2**-3}[cache_format]
     assert max(errors[correction]) < limit
     assert min(errors["none"]) > 3 * max(errors[correction])
 

@@ -61,6 +61,8 @@ def test_lists_broadcast_and_int16(tmp_path):
         attend(*qkv, block_lists(batch, heads, 4, 3, dtype=dtype))
         for batch, heads, dtype in ((1, 1, torch.int32), (1, 4, torch.int16), (2, 1, torch.int32))
     ]
+    counts, indices = block_lists(1, 4, 4, 3, counts=2, dtype=torch.int16)
+    cases.append(attend(*qkv, (counts, indices[..., :2].contiguous())))  # as it is cached: the kept blocks alone
     check(cases, tmp_path)
 
 

@@ -43,6 +43,12 @@ def test_low_rank_term_with_gain(gain):
     assert_close(add_residual(o, residual, None, left, right, gain), wanted)
 
 
+def test_factors_alone_have_a_gain_of_one():
+    o, left, right = torch.randn(2, 3, 65, 16), torch.randn(2, 3, 65, 4), torch.randn(2, 3, 4, 16)
+    wanted = o.double() + left.double() @ right.double()
+    assert_close(add_residual(o, None, None, left, right, None), wanted)
+
+
 @pytest.mark.parametrize("tokens", (1, 5, 200))
 @pytest.mark.parametrize("rank", (1, 4, 16))
 def test_factors_are_the_truncated_svd(tokens, rank):
@@ -78,7 +84,7 @@ def test_bad_input_is_named():
         add_residual(o, o.to(torch.int8), None, None, None, None)
     with pytest.raises(OpInputError, match=r"residual has shape \(1, 3, 9, 15\)"):
         add_residual(o, o[..., :15], None, None, None, None)
-    with pytest.raises(OpInputError, match="left, right and gain are not all given"):
+    with pytest.raises(OpInputError, match="left, right and gain do not fit together"):
         add_residual(o, o, None, torch.randn(1, 3, 9, 2), None, None)
     with pytest.raises(OpInputError, match=r"gain has shape \(2,\)"):
         add_residual(o, o, None, torch.randn(1, 3, 9, 2), torch.randn(1, 3, 2, 16), torch.ones(2))

@@ -54,6 +54,13 @@ def test_lists_broadcast_over_batch_and_heads(list_batch, list_heads, index_dtyp
     assert_close(lse, wanted_lse)
 
 
+def test_a_list_may_end_after_the_kept_blocks():
+    q, k, v = random_qkv(1, 2, 2, 100, 150, 16, torch.float32)
+    counts, indices = block_lists(1, 2, 4, 5, counts=2, dtype=torch.int16)
+    for got, wanted in zip(call(q, k, v, (counts, indices[..., :2])), call(q, k, v, (counts, indices)), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_what_lies_past_kv_len_is_never_read():
     q, k, v = random_qkv(3, 2, 2, 70, 129, 16, torch.float32)
     kv_len = torch.tensor([129, 40, 0], dtype=torch.int32)
@@ -181,8 +188,10 @@ def test_bad_input_is_named():
     lists = block_lists(1, 4, 2, 2)
     with pytest.raises(OpInputError, match="q has 4 heads and k has 3"):
         call(q, *(torch.randn(1, 3, 64, 16) for _ in "kv"), lists)
-    with pytest.raises(OpInputError, match=r"kv_indices has shape \(1, 4, 2, 1\).*\(1, 4, 2, 2\)"):
-        call(q, k, v, (lists[0], lists[1][..., :1]))
+    with pytest.raises(OpInputError, match=r"kv_indices has shape \(1, 4, 1, 2\).*\(1, 4, 2, any\)"):
+        call(q, k, v, (lists[0], lists[1][:, :, :1]))
+    with pytest.raises(OpInputError, match="kv_indices lists 3 of 2 key blocks"):
+        call(q, k, v, (lists[0], lists[1].repeat(1, 1, 1, 2)[..., :3]))
     with pytest.raises(OpInputError, match="kv_num_blocks is int64"):
         call(q, k, v, (lists[0].long(), lists[1]))
     with pytest.raises(OpInputError, match="kv_num_blocks has 2 heads, q has 4"):
