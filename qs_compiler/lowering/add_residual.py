@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .._compat import L, lowerings, register_lowering
+from .._compat import L, extern_kernel, register_lowering
 from .decode import f32, unpack_int4
 from .device_support import call_reference, why_no_dtype
 
@@ -23,7 +23,7 @@ def lower_add_residual(o, residual, residual_scale, left, right, gain):
             value = L.mul(value, L.unsqueeze(L.to_dtype(residual_scale, f32), -1))
         y = L.add(y, value)
     if left is not None:
-        term = low_rank_term(left, right, f32 if o.get_dtype() == f32 else left.get_dtype())
+        term = low_rank_term(left, right, o.get_dtype() if o.get_dtype() == left.get_dtype() else f32)
         y = L.add(y, term if gain is None else L.mul(term, per_head(L.to_dtype(gain, f32))))
     return L.to_dtype(y, o.get_dtype())
 
@@ -31,11 +31,12 @@ def lower_add_residual(o, residual, residual_scale, left, right, gain):
 def low_rank_term(left, right, dtype):
     """left (B, H, S, r) @ right (B, H, r, D), stored in `dtype`, returned in float32.
 
-    16-bit factors of a 16-bit output multiply on the tensor cores, and the product takes half the memory.
+    Factors in the output's 16 bits multiply on the tensor cores, and the product takes half the memory.
     """
     batch, heads, tokens, rank = left.get_size()
     depth = right.get_size()[3]
-    product = lowerings[torch.ops.aten.bmm.default](
+    # Inductor's own lowering of bmm reads the arguments of the node that is being lowered, and that is ours.
+    product = extern_kernel(torch.ops.aten.bmm.default)(
         L.view(L.to_dtype(left, dtype), [batch * heads, tokens, rank]),
         L.view(L.to_dtype(right, dtype), [batch * heads, rank, depth]),
     )

@@ -101,7 +101,7 @@ def test_expanded_and_dequantized_weights(dtype):
 def test_add_residual():
     forms = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.uint8)
 
-    def function(left, right, gain, scale, *tensors):
+    def function(left, right, gain, scale, half, *tensors):
         outputs, residuals = tensors[:3], tensors[3:]
         plain = [
             quantsparse.add_residual(
@@ -109,7 +109,9 @@ def test_add_residual():
             )
             for r in residuals
         ]
-        return plain, [quantsparse.add_residual(o, residuals[0], None, left, right, gain) for o in outputs]
+        both = [quantsparse.add_residual(o, residuals[0], None, left, right, gain) for o in outputs]
+        factors = [quantsparse.add_residual(o, None, None, *half, None) for o in outputs]
+        return plain, both, factors
 
     shape = (2, 3, 65, 16)
     values = torch.randn(shape)
@@ -117,7 +119,9 @@ def test_add_residual():
     residuals = [pack_int4(codes) if f == torch.uint8 else (codes if f == torch.int8 else values).to(f) for f in forms]
     outputs = [torch.randn(shape).to(d) for d in FLOATS]
     for gain in (torch.tensor(0.5), torch.tensor([0.0, 0.5, -1.0])):
-        args = torch.randn(2, 3, 65, 4), torch.randn(2, 3, 4, 16), gain, torch.rand(2, 3, 65), *outputs, *residuals
+        factors = torch.randn(2, 3, 65, 4), torch.randn(2, 3, 4, 16)
+        half = tuple(x.bfloat16() for x in factors)
+        args = *factors, gain, torch.rand(2, 3, 65), half, *outputs, *residuals
         got, _ = compiled(function, *args)
         for variants, wanted in zip(got, function(*args), strict=True):
             for result, expected in zip(variants, wanted, strict=True):

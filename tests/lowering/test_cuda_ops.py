@@ -63,7 +63,8 @@ def test_weights(tmp_path):
 def test_add_residual_in_every_cache_format(tmp_path):
     def function(o, scale, left, right, gain, *residuals):
         coded = [quantsparse.add_residual(o, r, scale, None, None, None) for r in residuals[1:]]
-        return *coded, quantsparse.add_residual(o, residuals[0], None, left, right, gain)
+        factors = quantsparse.add_residual(o, None, None, left, right, None)
+        return *coded, factors, quantsparse.add_residual(o, residuals[0], None, left, right, gain)
 
     codes = torch.randint(-7, 8, (1, 2, 65, 16), dtype=torch.int8)
     residuals = torch.randn(1, 2, 65, 16), codes, codes.to(fp8), pack_int4(codes)
