@@ -258,6 +258,16 @@ def static_hint(value: Any) -> int:
     return int(value)
 
 
+def concrete_shape(shape: Sequence[Any], placeholders: Sequence[fx.Node], args: Sequence[Any]) -> tuple[int, ...]:
+    """A shape of a dynamic graph for one call: symbols take the values of the size inputs that carry them."""
+    sizes = {
+        p.meta["val"].node.expr: value
+        for p, value in zip(placeholders, args, strict=True)
+        if isinstance(p.meta.get("val"), torch.SymInt)
+    }
+    return tuple(int(s.node.expr.xreplace(sizes)) if isinstance(s, torch.SymInt) else int(s) for s in shape)
+
+
 def tensor_constants(module: fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
     """Names and values of the tensors that a traced graph fetches by get_attr."""
     found = [(n.target, getattr(module, n.target)) for n in module.graph.find_nodes(op="get_attr")]

@@ -41,6 +41,8 @@ class Report:
         fallbacks: (op, reason) of every op that runs as a reference or fallback on CUDA.
         compile_seconds: Inductor's time by phase.
         linears, attentions: (rewritten, found) of the dense phase.
+        cache_bytes: what one branch of a video keeps for the sparse steps of this graph, 0 before the first refresh.
+        cache_place: "device" or "host", where the caches of the last branch went.
     """
 
     graph_id: int
@@ -52,6 +54,8 @@ class Report:
     compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     linears: tuple[int, int] = (0, 0)
     attentions: tuple[int, int] = (0, 0)
+    cache_bytes: int = 0
+    cache_place: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def skipped(self, pass_name: str) -> list[tuple[str, str]]:

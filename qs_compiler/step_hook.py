@@ -63,7 +63,7 @@ class PipelineSignal:
         """The video is over or was given up: free its caches."""
         video = getattr(self._local, "video", None)
         if video is not None:
-            video.caches.clear()
+            video.close()
         self._local.__dict__.clear()
         self._tracker.set(None)
 

@@ -154,7 +154,7 @@ def kept_blocks(model: nn.Module, run: DenoisingRun, branch: str) -> list[KeptBl
     names = {id(tensor): name.rpartition(".")[0] for name, tensor in tensors}
     found = []
     for entry in run.caches(branch):
-        numbers, indices = (entry.tensors[slot][0].cpu() for slot in ("kv_num_blocks", "kv_indices"))
+        numbers, indices = (entry.value(slot)[0].cpu() for slot in ("kv_num_blocks", "kv_indices"))
         kept = torch.arange(indices.shape[-1]) < numbers[..., None]
         blocks = torch.zeros((*numbers.shape, numbers.shape[-1]), dtype=torch.bool)  # as many key as query blocks
         blocks.scatter_(-1, indices.long(), kept)

@@ -14,12 +14,14 @@ LOWERINGS = (
     "block_scores",
     "dequantize",
     "expand_w4",
+    "fetch",
     "linear",
     "low_rank",
     "pack_values",
     "quantize_rows",
     "refresh_attention",
     "select_blocks",
+    "send",
     "sparse_attention",
 )
 

@@ -5,12 +5,14 @@ from . import (
     block_scores,
     dequantize,
     expand_w4,
+    fetch,
     linear,
     low_rank,
     pack_values,
     quantize_rows,
     refresh_attention,
     select_blocks,
+    send,
     sparse_attention,
 )
 from .expand_w4 import pack_int4, unpack_int4
@@ -24,6 +26,7 @@ __all__ = [
     "block_scores",
     "dequantize",
     "expand_w4",
+    "fetch",
     "linear",
     "low_rank",
     "pack_int4",
@@ -31,6 +34,7 @@ __all__ = [
     "quantize_rows",
     "refresh_attention",
     "select_blocks",
+    "send",
     "sparse_attention",
     "unpack_int4",
 ]

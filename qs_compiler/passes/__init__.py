@@ -9,10 +9,16 @@ from .outline_repeated_blocks import OutlineRepeatedBlocks
 from .quantize_linear import QuantizeLinear
 from .reparameterize_residual import ReparameterizeResidual
 from .sparsify_attention import SparsifyAttention
+from .stage_caches import StageCaches
 from .trim_padding_mask import TrimPaddingMask
 
 register_built_in(
-    TrimPaddingMask(), QuantizeLinear(), SparsifyAttention(), ReparameterizeResidual(), OutlineRepeatedBlocks()
+    TrimPaddingMask(),
+    QuantizeLinear(),
+    SparsifyAttention(),
+    ReparameterizeResidual(),
+    StageCaches(),
+    OutlineRepeatedBlocks(),
 )
 
 __all__ = [

@@ -69,6 +69,7 @@ class PassContext:
         phase: which of the three forms is being built.
         weights: gives quantize_linear the packed form of a parameter.
         attached: the model owns packed tensors, so a linear over a 16-bit weight is meant to stay.
+        caches_on_host: the caches of this phase lie in host memory.
         exported: the result is an ExportedProgram: one flat graph, and no runtime that supplies further inputs.
         sites: the attentions that may run sparse, filled by sparsify_attention.
         extra_inputs: providers of the graph inputs that passes appended, in order.
@@ -81,6 +82,7 @@ class PassContext:
     phase: Phase
     weights: Any = None
     attached: bool = False
+    caches_on_host: bool = False
     exported: bool = False
     sites: list[AttentionSite] = dataclasses.field(default_factory=list)
     extra_inputs: list[Any] = dataclasses.field(default_factory=list)

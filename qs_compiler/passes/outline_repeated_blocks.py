@@ -26,7 +26,7 @@ class OutlineRepeatedBlocks(GraphPass):
     """Split the graph at the repeated blocks and share one body among equal ones. Runs last: it closes the graph."""
 
     name = "outline_repeated_blocks"
-    after = ("reparameterize_residual",)
+    after = ("stage_caches",)
 
     def run(self, graph: fx.Graph, context: PassContext) -> PassResult:
         result = PassResult()

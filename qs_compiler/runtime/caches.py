@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from .cache_layout import Slot
+from .host_caches import HostCache
+
 
 @dataclasses.dataclass
 class CacheEntry:
@@ -19,7 +22,9 @@ class CacheEntry:
         owner: the parameter that identifies the layer; a dead or edited one makes the entry void.
         refreshed_at: planned step of the last refresh, or None before the first and while one is being written.
         computed_at: step at which it really ran; later than planned where a layer was skipped then.
-        tensors: slot name -> tensor; allocated once and written in place by the refresh phase.
+        tensors: slot name -> what a graph gets for it: the cache itself, or the handle of one in `hosts`. Allocated
+            once and written in place by the refresh phase.
+        hosts: slot name -> the cache, where it lies in host memory.
     """
 
     owner: weakref.ref[torch.Tensor]
@@ -27,23 +32,40 @@ class CacheEntry:
     refreshed_at: int | None = None
     computed_at: int = 0
     tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    hosts: dict[str, HostCache] = dataclasses.field(default_factory=dict)
+    _slots: dict[str, tuple[Slot, torch.device, bool]] = dataclasses.field(default_factory=dict)
 
     def valid_for(self, owner: torch.Tensor, refreshed_at: int) -> bool:
         """Whether the entry was renewed by this very layer at this very step."""
         same = self.owner() is owner and self.version == tensor_version(owner)
         return same and self.refreshed_at == refreshed_at
 
-    def allocate(self, specs: Mapping[str, torch.Tensor]) -> bool:
-        """Make the tensors fit the shapes that a graph wants; True if anything was (re)allocated."""
+    def allocate(self, slots: Mapping[str, Slot], device: torch.device, on_host: bool) -> bool:
+        """Make the caches what a graph wants, in the place that was chosen; True if anything was (re)allocated."""
         changed = False
-        for slot, like in specs.items():
-            have = self.tensors.get(slot)
-            if have is None or have.shape != like.shape or have.dtype != like.dtype or have.device != like.device:
+        for name, slot in slots.items():
+            if self._slots.get(name) == (slot, device, on_host):
+                continue
+            self.hosts.pop(name, None)
+            if on_host:
+                self.hosts[name] = HostCache(name, slot, device)
+                self.tensors[name] = self.hosts[name].handle
+            else:
                 # An inference tensor could not be written by a later call outside inference mode.
                 with torch.inference_mode(False):
-                    self.tensors[slot] = torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
-                changed = True
+                    self.tensors[name] = torch.zeros(slot.shape, dtype=slot.dtype, device=device)
+            self._slots[name] = (slot, device, on_host)
+            changed = True
         return changed
+
+    def value(self, name: str) -> torch.Tensor:
+        """The cache in slot `name`, wherever it lies; waits for copies to the host that are under way."""
+        return self.hosts[name].value() if name in self.hosts else self.tensors[name]
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device, staging buffers not counted."""
+        return sum(t.nbytes for name, t in self.tensors.items() if name not in self.hosts)
 
 
 def tensor_version(tensor: torch.Tensor) -> int:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from .. import _compat
 from ..capture import Capture, Kind
 from ..dump import Report
-from ..errors import DeviceError, UnsupportedError
+from ..errors import UnsupportedError
 from ..passes.base import AttentionSite, PassContext, Phase
+from .cache_layout import Slot, cache_slots
 from .caches import CacheEntry, Frame, tensor_version
 from .implicit import ImplicitSignal
 from .inputs import Cached, Packed, Provider
+from .placement import Demand, belongs_on_host
 from .schedule import Schedule
 from .tracker import Signal, is_announced, signal_of
 from .weights import packs_for_call
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qs_compiler.runtime")
 
-Build = Callable[[Phase, Sequence[Any]], "Variant"]
+Build = Callable[[Phase, Sequence[Any], bool], "Variant"]
 
 
 class Variant:
@@ -38,11 +40,11 @@ class Variant:
         self.providers: list[Provider] = context.extra_inputs
         self.sites: list[AttentionSite] = context.sites
         self.packed = list(dict.fromkeys((p.index, p.recipe) for p in self.providers if isinstance(p, Packed)))
-        extra = context.capture.placeholders[len(context.capture.inputs) :]
-        self.specs: list[dict[str, torch.Tensor]] = [{} for _ in self.sites]
-        for provider, node in zip(self.providers, extra, strict=True):
-            if isinstance(provider, Cached):
-                self.specs[provider.site][provider.slot] = node.meta["val"]
+        used = [p for p in self.providers if isinstance(p, Cached)]
+        self.slots: list[dict[str, Slot]] = []
+        for site in self.sites if used else ():
+            layout = cache_slots(context.recipe, site.shape)
+            self.slots.append({p.slot: layout[p.slot] for p in used if p.site == site.index})
 
     def __call__(self, args: Sequence[Any], frame: Frame) -> Any:
         frame.packs = packs_for_call(self.packed, args)
@@ -54,7 +56,7 @@ class CompiledGraph:
 
     Args:
         dense: the compiled dense phase.
-        build: compiles another phase for the shapes of a call.
+        build: compiles another phase for the shapes of a call, with its caches on the device or in host memory.
         capture: the graph's inputs.
         options: interval, warm-up, gain, strict and memory budget are read here.
     """
@@ -64,9 +66,12 @@ class CompiledGraph:
     ) -> None:
         self.dense, self._build, self._report = dense, build, report
         self._schedule = Schedule(options.interval, options.warmup)
-        self._gain, self._strict, self._budget = options.recipe.gain, options.strict, options.memory_budget
+        self._recipe, self._strict, self._budget = options.recipe, options.strict, options.memory_budget
+        self._cuda_graphs = bool(_compat.mode_patches(options.mode).get("triton.cudagraphs"))
+        self._inputs = capture.placeholders
         self._sizes = [i for i, x in enumerate(capture.inputs) if x.kind is Kind.SIZE]
-        self._variants: dict[tuple[int, ...], tuple[Variant, Variant]] = {}
+        self._demands: dict[tuple[int, ...], Demand] = {}
+        self._variants: dict[tuple[Any, ...], tuple[Variant, Variant]] = {}
         self._implicit = ImplicitSignal(capture.inputs, options.warmup)
         self._lock = threading.RLock()
         self._warned = False
@@ -75,21 +80,25 @@ class CompiledGraph:
         signal = self._signal(args) if self.dense.sites else None
         step = None if signal is None else self._schedule.refresh_step(signal.step, signal.num_steps)
         if signal is None or step is None:
+            if signal is not None:
+                self._place(signal, args, final=False)
             return self._run(self.dense, args, Frame())
-        refresh, sparse = self._phases(args)
+        on_host = self._place(signal, args, final=True)
+        refresh, sparse = self._phases(args, on_host)
         if not sparse.sites:
             return self._run(self.dense, args, Frame())
         entries = [self._entry(signal, site, args) for site in sparse.sites]
+        devices = [args[site.anchor].device for site in sparse.sites]
         frame = Frame(entries=entries)
-        fits = all(not e.allocate(s) for e, s in zip(entries, sparse.specs, strict=True))
+        kept = list(zip(entries, sparse.slots, devices, strict=True))
+        fits = not any([entry.allocate(slots, device, on_host) for entry, slots, device in kept])
         fresh = all(e.valid_for(args[s.anchor], step) for e, s in zip(entries, sparse.sites, strict=True))
         if fits and fresh and step != signal.step:
             frame.scalars["gain"] = self._gain_at(signal.step - entries[0].computed_at)
             return self._run(sparse, args, frame)
-        for entry, spec in zip(entries, refresh.specs, strict=True):
-            if entry.allocate(spec):
+        for entry, slots, device in zip(entries, refresh.slots, devices, strict=True):
+            if entry.allocate(slots, device, on_host):
                 entry.refreshed_at = None
-        self._check_budget(signal)
         frame.scalars["new_video"] = any(e.refreshed_at is None for e in entries)
         for entry in entries:
             entry.refreshed_at = None  # void while it is being written
@@ -124,12 +133,38 @@ class CompiledGraph:
             raise UnsupportedError(text)
         warnings.warn(text, stacklevel=3)
 
-    def _phases(self, args: Sequence[Any]) -> tuple[Variant, Variant]:
+    def _place(self, signal: Signal, args: Sequence[Any], *, final: bool) -> bool:
+        """Whether the caches of this call lie in host memory; decided at the first refresh of a branch.
+
+        A first look before (`final=False`) lets caches which fit nowhere be refused at the first step of a video.
+        """
+        sizes = tuple(args[i] for i in self._sizes)
+        anchor = args[self.dense.sites[0].anchor]
+        key, places = (id(self), id(anchor), signal.branch, sizes), signal.video.on_host
+        if key not in places or (final and places[key] is None):
+            if sizes not in self._demands:
+                self._demands[sizes] = self._demand(args)
+            demand = self._demands[sizes]
+            used = sum(entry.device_bytes for entry in signal.video.caches.values())
+            place = belongs_on_host(demand, anchor.device, self._budget, used, self._cuda_graphs)
+            places[key] = place if final else None
+            self._report.cache_bytes, self._report.cache_place = demand.total, "host" if place else "device"
+        return bool(places[key])
+
+    def _demand(self, args: Sequence[Any]) -> Demand:
+        """What a branch keeps, from the recipe and the shapes of this call."""
+        shapes = [_compat.concrete_shape(site.shape, self._inputs, args) for site in self.dense.sites]
+        layers = tuple(sum(slot.nbytes for slot in cache_slots(self._recipe, shape).values()) for shape in shapes)
+        largest = max(2 * math.prod(shape) for shape in shapes)
+        return Demand(layers, largest, f"{self._recipe}, cache_format {self._recipe.cache_format}")
+
+    def _phases(self, args: Sequence[Any], on_host: bool) -> tuple[Variant, Variant]:
         """Refresh and sparse for the shapes of this call; both are compiled before the first step that needs one."""
-        key = tuple(args[i] for i in self._sizes)
+        key = (on_host, *(args[i] for i in self._sizes))
         with self._lock:
             if key not in self._variants:
-                self._variants[key] = (self._build(Phase.REFRESH, args), self._build(Phase.SPARSE, args))
+                built = [self._build(phase, args, on_host) for phase in (Phase.REFRESH, Phase.SPARSE)]
+                self._variants[key] = (built[0], built[1])
             return self._variants[key]
 
     def _entry(self, signal: Signal, site: AttentionSite, args: Sequence[Any]) -> CacheEntry:
@@ -141,19 +176,9 @@ class CompiledGraph:
             entry = signal.video.caches[key] = CacheEntry(weakref.ref(owner), tensor_version(owner))
         return entry
 
-    def _check_budget(self, signal: Signal) -> None:
-        if self._budget is None:
-            return
-        needed = sum(t.nbytes for e in signal.video.caches.values() for t in e.tensors.values())
-        if needed > self._budget:
-            raise DeviceError(
-                f"the residual caches of this video need at least {needed} bytes, and memory_budget is {self._budget}; "
-                "raise it, choose a smaller cache_format (int8, int4), or run with a dense recipe."
-            )
-
     def _gain_at(self, lag: int) -> float:
         """f(k) of C_k = D + f(k) lowrank(D - D_prev), k steps after the refresh."""
-        return {"0": 0.0, "1": 1.0, "k/tau": lag / self._schedule.interval}[self._gain]
+        return {"0": 0.0, "1": 1.0, "k/tau": lag / self._schedule.interval}[self._recipe.gain]
 
 
 def raising(error: Exception) -> Callable[..., Any]:

@@ -29,14 +29,22 @@ class Video:
         number: counter, unique in the process.
         num_steps: length of the run, or None where it is unknown.
         caches: (anchor id, ordinal, branch, occurrence) -> CacheEntry.
+        on_host: (graph, first anchor's id, branch, sizes) -> whether the caches of that call lie in host
+            memory; None before the first refresh.
     """
 
     def __init__(self, num_steps: int | None) -> None:
         self.number = next(_VIDEO_NUMBERS)
         self.num_steps = num_steps
         self.caches: dict[tuple[Any, ...], CacheEntry] = {}
+        self.on_host: dict[tuple[Any, ...], bool | None] = {}
         self._seen: dict[Hashable, tuple[int, int]] = {}
         self._call = 0
+
+    def close(self) -> None:
+        """The video is over or was given up: free its caches."""
+        self.caches.clear()
+        self.on_host.clear()
 
     def begin_call(self) -> None:
         """A new forward (one step, one branch) starts: occurrences of a layer are counted from zero again."""
@@ -168,7 +176,7 @@ class DenoisingRun:
         if current is not None and current.video is self._video:
             self._tracker.set(None)
         if self._video is not None:
-            self._video.caches.clear()
+            self._video.close()
         self._video = None
 
 

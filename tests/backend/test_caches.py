@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import qs_compiler as qs
+from qs_compiler.errors import DeviceError, UnsupportedError
 from qs_compiler.options import CACHE_FORMATS
+from qs_compiler.runtime import graph, placement
 from qs_compiler.runtime.cache_layout import cache_bytes, cache_slots
 from tests.backend.models import RECIPE, TOKENS, clip, make
 
@@ -54,3 +56,105 @@ def test_what_is_predicted_is_allocated(cache_format: str, correction: str, mask
 def test_a_video_of_129_frames_at_720p(fields: dict, gib: float) -> None:
     recipe = qs.Recipe.parse({"density": 0.15, **fields})
     assert cache_bytes(recipe, HUNYUAN_720P_129, layers=60) / GIB == pytest.approx(gib, abs=0.05)
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send the caches of a model on the CPU through host memory and back, as a GPU's are when they do not fit."""
+    monkeypatch.setattr(graph, "belongs_on_host", lambda *_: True)
+
+
+def denoise(recipe: dict, video: int = 7, steps: int = 10) -> list[torch.Tensor]:
+    model = torch.compile(make(), backend="quantsparse", options={"recipe": recipe})
+    with qs.denoising(model, steps) as run:
+        out = []
+        for i, inputs in enumerate(clip(video, steps)):
+            run.step(i)
+            out.append(model(**inputs))
+    torch._dynamo.reset()
+    return out
+
+
+CORRECTIONS = [
+    {"correction": "first_order", "cache_format": "int4"},
+    {"correction": "second_order", "cache_format": "bf16", "mask": "mass"},
+    {"correction": "second_order", "cache_format": "rank16"},
+    {"correction": "complement", "cache_format": "fp8"},
+]
+
+
+@pytest.mark.usefixtures("eager_graphs")
+@pytest.mark.parametrize("fields", CORRECTIONS, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
+def test_host_memory_changes_no_bit(fields: dict, request: pytest.FixtureRequest) -> None:
+    recipe = {**RECIPE, **fields}
+    want = denoise(recipe)
+    assert qs.reports()[-1].cache_place == "device"
+    request.getfixturevalue("on_host")
+    got = denoise(recipe)
+    report = qs.reports()[-1]
+    assert report.cache_place == "host" and report.calls == {"dense": 0, "refresh": 3, "sparse": 7}
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_host_memory_compiled(request: pytest.FixtureRequest) -> None:
+    recipe = {**RECIPE, "format": "off", "correction": "second_order", "cache_format": "int8"}
+    want = denoise(recipe)
+    request.getfixturevalue("on_host")
+    got = denoise(recipe)
+    report = qs.reports()[-1]
+    assert report.calls["sparse"] == 7 and report.cache_place == "host"
+    outlined = [p.matched for p in report.passes if p.name == "outline_repeated_blocks"]
+    assert outlined == [2, 2, 2], "the handles are operands of the shared body"
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_caches_that_fit_nowhere_are_refused_at_the_first_step() -> None:
+    model = torch.compile(make(), backend="quantsparse", options={"recipe": RECIPE, "warmup": 0.5, "memory_budget": 9})
+    with qs.denoising(model, 8) as run:
+        run.step(0)  # a dense one
+        with pytest.raises(DeviceError, match=r"need \d+ bytes .*2 attentions, w8a8-d40, cache_format bf16.*leaves 9 "):
+            model(**clip(7, 8)[0])
+    assert qs.reports()[-1].calls == {"dense": 0, "refresh": 0, "sparse": 0}
+
+
+class TestPlacement:
+    """60 layers of 0.2 GiB, to keep on a GPU."""
+
+    demand = placement.Demand((GIB // 5,) * 60, GIB // 2, "w4a8-d15, cache_format int4")
+
+    def choose(self, budget: float | None, used: float = 0, cuda_graphs: bool = False) -> bool:
+        device = torch.device("cuda", 0)
+        given = None if budget is None else int(budget * GIB)
+        return placement.belongs_on_host(self.demand, device, given, int(used * GIB), cuda_graphs)
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(placement, "available_host_bytes", lambda: 64 * GIB)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, 80 * GIB))
+        self.free = 40 * GIB
+
+    def test_on_the_device_while_it_fits(self) -> None:
+        assert not self.choose(12.5)
+        assert self.choose(12.5, used=1), "the other branch took its share"
+        assert self.choose(0.5), "two staging buffers fit"
+
+    def test_what_is_free_is_the_default(self) -> None:
+        assert not self.choose(None)
+        self.free = 16 * GIB  # 4 of them are for what a refresh allocates
+        assert self.choose(None)
+
+    def test_neither_device_nor_host(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(DeviceError, match=r"need 12 GiB for a branch \(60 .*leaves 0.3 GiB.* 0.4 GiB on the"):
+            self.choose(0.3)
+        monkeypatch.setattr(placement, "available_host_bytes", lambda: 20 * GIB)
+        with pytest.raises(DeviceError, match=r"24 GiB of pinned memory, of 20 GiB available.*raise memory_budget"):
+            self.choose(3)
+        self.free = 8 * GIB
+        with pytest.raises(DeviceError, match=r"cuda:0 has 4 GiB to spare.*smaller cache_format"):
+            self.choose(None)
+
+    def test_cuda_graphs_need_them_on_the_device(self) -> None:
+        assert not self.choose(12.5, cuda_graphs=True)
+        with pytest.raises(UnsupportedError, match=r"exclude CUDA graphs.*raise memory_budget, or leave out the mode"):
+            self.choose(3, cuda_graphs=True)

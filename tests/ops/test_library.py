@@ -7,6 +7,8 @@ import sympy
 import torch
 
 from qs_compiler.ops import COSTS
+from qs_compiler.runtime.cache_layout import Slot
+from qs_compiler.runtime.host_caches import HostCache
 from tests.ops.attention_cases import BLOCK, block_lists, random_qkv
 
 OPS = {
@@ -14,12 +16,14 @@ OPS = {
     "block_scores",
     "dequantize",
     "expand_w4",
+    "fetch",
     "linear",
     "low_rank",
-        "pack_values",
+    "pack_values",
     "quantize_rows",
     "refresh_attention",
     "select_blocks",
+    "send",
     "sparse_attention",
 }
 
@@ -44,6 +48,7 @@ def test_bytes_are_those_of_inputs_and_outputs():
     counts, indices = block_lists(1, 2, 2, 3, counts=3)
     state = torch.randn(1, 2, 64, 16), torch.zeros(1, 2, 64)
     o = torch.randn(1, 2, 64, 16)
+    cache = HostCache("residual", Slot((5, 64), torch.bfloat16), torch.device("cpu"))
     cases = {
         "quantize_rows": (x, smooth, rotation, "fp8"),
         "linear": (wq[:5], torch.ones(5), wq, ws, ws, torch.bfloat16),
@@ -65,6 +70,8 @@ def test_bytes_are_those_of_inputs_and_outputs():
         ),
         "low_rank": (o, 4),
         "pack_values": (v,),
+        "fetch": (torch.tensor(0.0), cache.handle, [5, 64], torch.bfloat16),
+        "send": (x, cache.handle, None),
     }
     assert set(cases) == OPS
     for name, args in cases.items():
@@ -72,6 +79,7 @@ def test_bytes_are_those_of_inputs_and_outputs():
         # A single number is not counted.
         moved = bytes_of(t for t in args if not (isinstance(t, torch.Tensor) and t.dim() == 0))
         moved += bytes_of(out if isinstance(out, tuple) else (out,))
+        moved -= 16 if name == "fetch" else 32 if name == "send" else 0  # handles
         assert COSTS[name].bytes_of(*args) == moved, name
 
 

@@ -1,0 +1,14 @@
+"""Lower quantsparse::send: a call, since it is a copy and no computation."""
+
+from __future__ import annotations
+
+import torch
+
+from .._compat import extern_kernel, register_lowering
+
+OP = torch.ops.quantsparse.send.default
+
+
+@register_lowering(OP, type_promotion_kind=None)
+def lower_send(*args):
+    return extern_kernel(OP)(*args)
