@@ -31,6 +31,7 @@ from .ops.dequantize import check as check_dequantize
 from .ops.library import FLOAT_DTYPES
 from .options import Recipe
 from .packing import PackedWeight
+from .runtime.gains import BUFFER
 from .source_model import SAMPLES, check_shape, config_hash, rest_of, sample_weight, source_weight, unwrap
 from .tensor_files import SHARD_BYTES, TensorReader, write_tensors
 
@@ -55,6 +56,7 @@ class Artifact:
         rest: qualified name -> every other parameter and buffer of the model, so that it can be loaded without its
             16-bit checkpoint (`load`); None if the artifact holds packed weights alone. Buffers that a checkpoint
             leaves out (rope tables) are there too: another version, or a cast, might compute others.
+        gains: qualified name of an attention module -> the gains of its `mixture` correction, (H,) fp32.
         metrics: what calibration measured; JSON values.
         versions: of the packages that it was made with.
     """
@@ -66,6 +68,7 @@ class Artifact:
     samples: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
     rest: dict[str, torch.Tensor] | None = None
+    gains: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: package_versions())
 
@@ -78,6 +81,7 @@ class Artifact:
         metrics: Mapping[str, Any] | None = None,
         *,
         include_rest: bool = False,
+        gains: Mapping[str, torch.Tensor] | None = None,
     ) -> Artifact:
         """Describe `model`, whose linears named in `layers` were packed so.
 
@@ -97,6 +101,7 @@ class Artifact:
             samples={name: sample_weight(weight, name) for name, weight in weights.items()},
             dtypes={name: weight.dtype for name, weight in weights.items()},
             rest=rest_of(model, layers) if include_rest else None,
+            gains=dict(gains or {}),
             metrics=dict(metrics or {}),
         )
 
@@ -127,7 +132,7 @@ class Artifact:
             work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
             new, old = work / "new", work / "old"
             new.mkdir()
-            write_tensors(new, self._tensors()[2], shard_bytes)
+            write_tensors(new, self._tensors()[3], shard_bytes)
             (new / PLAN).write_text(plan)
             if path.exists():
                 path.rename(old)
@@ -157,6 +162,9 @@ class Artifact:
                 layers = {name: _read_layer(name, entry, tensors) for name, entry in plan["layers"].items()}
                 names = plan["rest"]
                 rest = None if names is None else {name: tensors.read(stored) for name, stored in names.items()}
+                gains = {
+                    name: _read_gains(name, tensors.read(stored)) for name, stored in plan.get("gains", {}).items()
+                }
             return cls(
                 recipe=Recipe.from_dict(plan["recipe"]),
                 model_class=plan["model_class"],
@@ -165,6 +173,7 @@ class Artifact:
                 samples={name: _read_samples(plan["samples"][name]) for name in layers},
                 dtypes={name: _read_dtype(plan["layers"][name]["dtype"]) for name in layers},
                 rest=rest,
+                gains=gains,
                 metrics=plan["metrics"],
                 versions=plan["versions"],
             )
@@ -225,8 +234,8 @@ class Artifact:
                 "or calibrate again."
             )
 
-    def _tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, torch.Tensor]]:
-        """Names of the tensors of each layer, of the rest, and the tensors; one that is shared is stored once."""
+    def _tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], dict[str, torch.Tensor]]:
+        """Names of the tensors of each layer, of the rest, of the gains, and the tensors; shared ones once."""
         stored: dict[Any, str] = {}
         tensors: dict[str, torch.Tensor] = {}
 
@@ -241,10 +250,11 @@ class Artifact:
             for layer, packed in self.layers.items()
         }
         rest = {name: store(name, tensor) for name, tensor in (self.rest or {}).items()}
-        return layers, rest, tensors
+        gains = {name: store(f"{name}.{BUFFER}", tensor) for name, tensor in self.gains.items()}
+        return layers, rest, gains, tensors
 
     def _plan(self) -> dict[str, Any]:
-        names, rest, _ = self._tensors()
+        names, rest, gains, _ = self._tensors()
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -265,6 +275,7 @@ class Artifact:
             },
             "samples": self.samples,
             "rest": None if self.rest is None else rest,
+            "gains": gains,
         }
 
 
@@ -332,6 +343,12 @@ def _read_samples(values: list[float]) -> list[float]:
     if len(values) != SAMPLES:
         raise ValueError(f"{len(values)} samples of a weight instead of {SAMPLES}")
     return [float(value) for value in values]
+
+
+def _read_gains(name: str, gains: torch.Tensor) -> torch.Tensor:
+    if gains.dim() != 1 or gains.dtype != torch.float32:
+        raise ArtifactError(f"the gains of '{name}' are {gains.dtype} of shape {tuple(gains.shape)}, not one a head")
+    return gains
 
 
 def _read_dtype(name: str) -> torch.dtype:

@@ -25,6 +25,7 @@ from .options import BackendOptions
 from .packed_linear import PackedLinear
 from .packing import PackedWeight
 from .pipeline import announce_steps, compile_attached, replace_linears
+from .runtime.gains import check_gains, give_gains
 
 
 def load(
@@ -70,7 +71,9 @@ def load(
     with parameters_on_meta():
         model = _build(model_class, _read_config(config))
     artifact.check_architecture(model)
+    check_gains(model, artifact.gains)
     _fill(model, artifact, torch.device(device), dtype)
+    give_gains(model, artifact.gains)
     model.eval()
     if compile:
         compile_attached(model, parsed)

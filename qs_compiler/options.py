@@ -40,6 +40,8 @@ FORMATS = {
     "w6a6": Format("int6", "int6"),  # simulated in int8
     "w4a4": Format("int4", "int4"),  # simulated: int4 storage, int8 arithmetic
 }
+CORRECTIONS = ("none", "first_order", "second_order", "complement", "mixture")
+GAINS = ("0", "1", "k/tau", "clipped")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 OVERRIDABLE = ("format", "density")
 CACHE_FORMATS = ("bf16", "fp8", "int8", "int4", "rank16", "rank32")
@@ -55,9 +57,11 @@ class Recipe:
         block_size: tokens of a query block and of a key block.
         mask: what ranks the key blocks: `pooled` q and k, or those and the `mass` of the last refresh.
         correction: of the sparse attention: `none`, `first_order` (the cached residual), `second_order` (SSAR of
-            arXiv 2509.23681, eq. 16: plus gain times the low-rank change of the residual), or `complement` (the
-            softmax resumes from the cached output and log-sum-exp of the dropped blocks).
-        gain: weight of the extrapolation k steps after the refresh, tau = interval: `0`, `1` (the paper) or `k/tau`.
+            arXiv 2509.23681, eq. 16: plus gain times the low-rank change of the residual), `complement` (the softmax
+            resumes from the cached output and log-sum-exp of the dropped blocks), or `mixture` (between first order
+            and complement, by gains that calibration fits for each head; docs/corrections.md).
+        gain: weight of the second-order term k steps after the refresh, tau = interval: `0`, `1` (the paper), `k/tau`
+            or `clipped` (k/tau, at most 1/2).
         rank: rank of the second-order term (the paper: 16).
         cache_format: storage of the residuals, hence part of the numerics: `bf16`; `fp8`, `int8` or `int4` with a scale
             a token; or the best factors of rank 16 or 32.
@@ -75,8 +79,8 @@ class Recipe:
     density: float = 1.0
     block_size: int = 128
     mask: Literal["pooled", "mass"] = "pooled"
-    correction: Literal["none", "first_order", "second_order", "complement"] = "first_order"
-    gain: Literal["0", "1", "k/tau"] = "k/tau"
+    correction: Literal["none", "first_order", "second_order", "complement", "mixture"] = "first_order"
+    gain: Literal["0", "1", "k/tau", "clipped"] = "k/tau"
     rank: int = 16
     cache_format: Literal["bf16", "fp8", "int8", "int4", "rank16", "rank32"] = "bf16"
     interval: int = 5
@@ -89,8 +93,8 @@ class Recipe:
         _check_format_and_density(self.format, self.density)
         _one_of("block_size", self.block_size, (64, 128))
         _one_of("mask", self.mask, ("pooled", "mass"))
-        _one_of("correction", self.correction, ("none", "first_order", "second_order", "complement"))
-        _one_of("gain", self.gain, ("0", "1", "k/tau"))
+        _one_of("correction", self.correction, CORRECTIONS)
+        _one_of("gain", self.gain, GAINS)
         _integer("rank", self.rank, 1, 128)
         _one_of("cache_format", self.cache_format, CACHE_FORMATS)
         _integer("interval", self.interval, 1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .errors import ArtifactError, OptionError, UnsupportedError
 from .options import BackendOptions, Recipe
 from .packed_linear import PackedLinear
 from .packing import PackedWeight, why_not
+from .runtime.gains import check_gains, give_gains
 from .runtime.tracker import modules_of, track
 
 EXPERTS = ("transformer", "transformer_2")
@@ -63,6 +65,7 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
             replacements[name] = {}
         elif own is not None:
             own.check_model(module)
+            check_gains(module, own.gains)
             replacements[name] = own.layers
         else:
             replacements[name] = plan_layers(module, parsed[name].recipe)
@@ -72,6 +75,8 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
                 )
     for name, module in modules.items():
         replace_linears(module, replacements[name])
+        if name in artifacts:
+            give_gains(module, artifacts[name].gains)
         if compile:
             compile_attached(module, parsed[name])
     announce_steps(target, list(modules.values()), parsed)
@@ -184,6 +189,32 @@ def _compile_options(options: BackendOptions) -> dict[str, Any]:
         "mode": options.mode,
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+@contextlib.contextmanager
+def hear_steps(target: Any, modules: list[nn.Module]) -> Iterator[None]:
+    """While open, an uncompressed diffusers pipeline announces its denoising steps, as an attached one does."""
+    if isinstance(target, nn.Module) or sys.modules.get("diffusers") is None:
+        yield
+        return
+    from .step_hook import PipelineSignal, ignore, listen, watch_scheduler
+
+    signal, scheduler = PipelineSignal(track(*modules)), getattr(target, "scheduler", None)
+    before = vars(scheduler).get("set_timesteps") if scheduler is not None else None
+    for module in modules:
+        listen(module, signal)
+    if scheduler is not None:
+        watch_scheduler(scheduler, signal)
+    try:
+        yield
+    finally:
+        signal.end_video()
+        for module in modules:
+            ignore(module)
+        if scheduler is not None:
+            del scheduler.set_timesteps
+            if before is not None:
+                scheduler.set_timesteps = before
 
 
 def announce_steps(target: Any, modules: list[nn.Module], options: Mapping[str, BackendOptions]) -> None:

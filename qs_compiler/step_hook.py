@@ -114,6 +114,12 @@ def listen(module: torch.nn.Module, signal: PipelineSignal) -> bool:
     return True
 
 
+def ignore(module: torch.nn.Module) -> None:
+    """Take back `listen`."""
+    if hasattr(module, "cache_context"):
+        HookRegistry.check_if_exists_or_initialize(module).remove_hook(HOOK)
+
+
 def watch_scheduler(scheduler: Any, signal: PipelineSignal) -> None:
     """Make `scheduler.set_timesteps` announce a new video and its number of steps."""
     original = getattr(scheduler.set_timesteps, "__wrapped__", scheduler.set_timesteps)

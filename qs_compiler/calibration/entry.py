@@ -14,10 +14,11 @@ from torch import nn
 from ..errors import OptionError, UnsupportedError
 from ..options import Recipe
 from ..packed_linear import PackedLinear
-from ..pipeline import EXPERTS, plan_layers
+from ..pipeline import EXPERTS, hear_steps, plan_layers
 from ..runtime.tracker import modules_of
 from .blockwise import Calibration
 from .progress import show_progress
+from .residual_gains import GainFit, fits_gains
 from .samples import Sample, caught_samples, given_samples
 from .settings import Settings
 
@@ -39,7 +40,8 @@ def calibrate(
 
     Block by block, in the order in which the model calls them: scales are searched, weights are rounded so that the
     output of each linear changes least, and what the blocks before have spoilt is made good as far as it can be. The
-    model is left as it was.
+    model is left as it was. The gains of a sparse recipe with the correction `mixture` are fitted in the same runs, if
+    those announce their denoising steps: a diffusers pipeline, or a `run` of one's own that uses `denoising`.
 
     Args:
         target: a diffusers pipeline, or a module in full precision.
@@ -75,7 +77,12 @@ def calibrate(
         modes.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has no modules to look into
         for module in modules.values():
             modes.enter_context(_evaluating(module))
-        samples = _samples(target, modules, data, run, dict(pipe_options or {}), settings, seed)
+        fits: dict[str, GainFit] = {}
+        with contextlib.ExitStack() as fitting:
+            if fits_gains(recipe):
+                fitting.enter_context(hear_steps(target, list(modules.values())))
+                fits = {name: fitting.enter_context(GainFit(module, recipe)) for name, module in modules.items()}
+            samples = _samples(target, modules, data, run, dict(pipe_options or {}), settings, seed)
         found = {}
         for name, module in modules.items():
             folder = None if output_dir is None else Path(output_dir)
@@ -83,6 +90,8 @@ def calibrate(
             work = Calibration(module, recipe, plans[name], samples[name], settings, seed, folder)
             with show_progress(work.units, progress) as shown:
                 found[name] = work.run(shown, include_rest)
+            if name in fits:
+                found[name].gains = fits[name].gains()
     return found if len(found) > 1 else found[EXPERTS[0]]
 
 

@@ -14,6 +14,16 @@ The complement form caches the output and log-sum-exp of the dropped blocks; the
 Refresh, after:   aten.copy_(state_o, refresh[2]); aten.copy_(state_lse, refresh[3])
 Sparse, after:    sparse = quantsparse.sparse_attention(..., state_o, state_lse, ...)
 
+The mixture lies between first order (g = 0) and a complement whose log-sum-exp follows that of the kept blocks (g = 1).
+With w the dropped share of a row's softmax at the refresh, and g one gain a head, a later step is
+
+    A_full ~ A_sparse + D - g w (A_sparse - A_sparse(ref)) = (1 - g w) A_sparse + [D + g w A_sparse(ref)]
+
+Refresh, after:   w = 1 - exp(refresh[3] - refresh[1])
+                  aten.copy_(residual, refresh[2] + gains * w * (refresh[0] - refresh[2]))
+                  aten.copy_(kept_weight, 1 - gains * w)
+Sparse, after:    o = quantsparse.add_residual(sparse[0] * kept_weight, residual, ...)
+
 With a cache format of rank r the residual itself is stored as factors, residual ~ residual_left residual_right.
 
 Caches are graph inputs of one (video, layer, branch), written by aten.copy_ alone.
@@ -29,9 +39,10 @@ from torch import fx
 
 from ..ops.expand_w4 import join_nibbles, unpack_int4
 from ..runtime.cache_layout import FACTORS, SCALES, VALUES, cache_rank, cache_slots
+from ..runtime.inputs import HeadGains
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
 from .quantize_linear import _call
-from .sparsify_attention import _flag, cache_input
+from .sparsify_attention import _fake, _flag, cache_input
 
 aten, qs = torch.ops.aten, torch.ops.quantsparse
 
@@ -65,6 +76,11 @@ class ReparameterizeResidual(GraphPass):
         with graph.inserting_before(anchor):
             correction = _call(graph, node, operator.getitem, node, 2)
             lse = _call(graph, node, operator.getitem, node, 3)
+        if recipe.correction == "mixture":
+            with graph.inserting_before(anchor):
+                dense, dense_lse = (_call(graph, node, operator.getitem, node, i) for i in (0, 1))
+            gains = gains_input(context, site, correction)
+            correction, kept_weight = splice(graph, anchor, _mixture, dense, dense_lse, correction, lse, gains)
         caches = residual_inputs(context, site, correction)
         stored = splice(graph, anchor, store(recipe.cache_format), correction)
         if recipe.correction == "second_order":
@@ -75,6 +91,9 @@ class ReparameterizeResidual(GraphPass):
         if recipe.correction == "complement":
             caches += (cache_input(context, site, "state_lse", lse),)
             stored += (lse,)
+        if recipe.correction == "mixture":
+            caches += (cache_input(context, site, "kept_weight", lse),)
+            stored += (kept_weight,)
         with graph.inserting_before(anchor):
             for cache, new in zip(caches, stored, strict=True):
                 _call(graph, node, aten.copy_.default, cache, new)
@@ -101,12 +120,14 @@ class ReparameterizeResidual(GraphPass):
             terms.append((None, None, *caches, None))
             if second[0] is not None:
                 terms.append((None, None, *second))
-        new, added = out, set()
+        new, consumers = out, list(out.users)
+        if recipe.correction == "mixture":
+            new = splice(graph, out.next, _weighted, out, cache_input(context, site, "kept_weight", out))
         for term in terms:
             with graph.inserting_after(new):
                 new = _call(graph, node, qs.add_residual.default, new, *term)
-            added.add(new)
-        out.replace_all_uses_with(new, delete_user_cb=lambda user: user not in added)
+        for consumer in consumers:
+            consumer.replace_input_with(out, new)
 
 
 def residual_inputs(context: PassContext, site: AttentionSite, like: fx.Node) -> tuple[fx.Node, ...]:
@@ -118,6 +139,13 @@ def residual_inputs(context: PassContext, site: AttentionSite, like: fx.Node) ->
 def factor_inputs(context: PassContext, site: AttentionSite, like: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Graph inputs for the factors of the second-order term: (B, H, S, r) and (B, H, r, D)."""
     return cache_input(context, site, "left", like), cache_input(context, site, "right", like)
+
+
+def gains_input(context: PassContext, site: AttentionSite, like: fx.Node) -> fx.Node:
+    """Graph input for the gains of a mixture, (H,) fp32: the artifact's for the layer that runs."""
+    heads = site.shape[1]
+    provider = HeadGains(site.anchor, heads, like.meta["val"].device)
+    return context.add_input(f"gains_{site.index}", _fake(like, (heads,), torch.float32), provider)
 
 
 def store(cache_format: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
@@ -147,6 +175,19 @@ def load(cache_format: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
         return (values.float() * second[..., None].float()).to(dtype)
 
     return from_cache
+
+
+def _mixture(
+    dense: torch.Tensor, lse: torch.Tensor, residual: torch.Tensor, lse_kept: torch.Tensor, gains: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a mixture adds in the steps to come, (B, H, S, D), and the weight of their sparse output, (B, H, S)."""
+    follows = gains[:, None] * (1 - torch.exp(torch.clamp(lse_kept - lse, max=0)))
+    kept = dense.float() - residual.float()
+    return (residual.float() + follows[..., None] * kept).to(residual.dtype), 1 - follows
+
+
+def _weighted(o: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (o.float() * weight[..., None]).to(o.dtype)
 
 
 def _second_order(cache_format: str, rank: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -8,6 +8,7 @@ Bytes of one layer and branch, for q of shape (B, H, S, D) and blocks of `block_
     or its factors   B H r (S + D) times 2 (rank16, rank32)
     second order     B H r (S + D) times 2 more
     complement       B H S times 4 more, the log-sum-exp of the dropped blocks
+    mixture          B H S times 4 more, the weight of the sparse output
     mask "mass"      B H n n times 4 more
 """
 
@@ -65,6 +66,8 @@ def cache_slots(recipe: Recipe, shape: tuple[int, int, int, int]) -> dict[str, S
         slots |= _factors("left", "right", shape, recipe.rank)
     if recipe.correction == "complement":
         slots["state_lse"] = Slot((batch, heads, rows), torch.float32)
+    if recipe.correction == "mixture":
+        slots["kept_weight"] = Slot((batch, heads, rows), torch.float32)
     return slots
 
 

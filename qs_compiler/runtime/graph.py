@@ -178,7 +178,8 @@ class CompiledGraph:
 
     def _gain_at(self, lag: int) -> float:
         """f(k) of C_k = D + f(k) lowrank(D - D_prev), k steps after the refresh."""
-        return {"0": 0.0, "1": 1.0, "k/tau": lag / self._schedule.interval}[self._recipe.gain]
+        share = lag / self._schedule.interval
+        return {"0": 0.0, "1": 1.0, "k/tau": share, "clipped": min(share, 0.5)}[self._recipe.gain]
 
 
 def raising(error: Exception) -> Callable[..., Any]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from .gains import gains_of
+
 if TYPE_CHECKING:
     from ..options import Recipe
     from .caches import Frame
@@ -45,6 +47,18 @@ class Cached:
 
     def resolve(self, args: Sequence[Any], frame: Frame) -> torch.Tensor:
         return frame.entries[self.site].tensors[self.slot]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadGains:
+    """The gains of a mixture, (H,) fp32: those fitted for the layer that owns `args[anchor]`, else `DEFAULT_GAIN`."""
+
+    anchor: int
+    heads: int
+    device: torch.device
+
+    def resolve(self, args: Sequence[Any], frame: Frame) -> torch.Tensor:
+        return gains_of(args[self.anchor], self.heads, self.device)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_two_models_over_two_videos(way: Compile, recipe: dict) -> None:
     assert (sparse > 0) == (recipe is RECIPE)
 
 
-@pytest.mark.parametrize("correction", ["first_order", "second_order", "complement"])
+@pytest.mark.parametrize("correction", ["first_order", "second_order", "complement", "mixture"])
 @pytest.mark.parametrize("cache_format", ["bf16", "fp8", "int8", "int4", "rank16"])
 def test_a_corrected_sparse_step_on_the_inputs_of_its_refresh_is_dense(correction: str, cache_format: str) -> None:
     model, inputs = make(1), clip(7, STEPS)[2]

@@ -56,3 +56,15 @@ def test_prompts_are_strings_or_calls_and_seeded():
     assert digests[0] == digests[1] != digests[2]
     with pytest.raises(OptionError, match="no prompt"):
         calibrate("ltx", pipe, [])
+
+
+def test_the_gains_of_a_sparse_recipe_are_fitted_in_the_same_runs():
+    pipe = PIPELINES["ltx"]()
+    sparse = {**RECIPE, "density": 0.5, "block_size": 64, "correction": "mixture", "interval": 2, "warmup": 0.0}
+    artifact = calibrate("ltx", pipe, recipe=sparse)
+    blocks = {f"transformer_blocks.{i}.attn1" for i in range(len(pipe.transformer.transformer_blocks))}
+    assert artifact.gains.keys() == blocks
+    assert all((gains >= 0).all() and (gains <= 1).all() for gains in artifact.gains.values())
+    assert any((gains > 0).any() for gains in artifact.gains.values())
+    assert "set_timesteps" not in vars(pipe.scheduler)  # nobody listens any more
+    assert calibrate("ltx", pipe, recipe={**sparse, "correction": "first_order"}).gains == {}

@@ -15,6 +15,7 @@ from tests.passes.conftest import targets
 
 RECIPE = {"density": 0.4, "block_size": 64}
 X = torch.randn(1, 320, 32)
+qs = torch.ops.quantsparse
 
 
 class Attention(nn.Module):
@@ -75,6 +76,22 @@ def test_second_order_keeps_one_mask_a_video(context) -> None:
     assert ops.count("aten.where.self") == 2, "the choice of blocks and the difference wait for a second refresh"
     ops, names, *_ = run(context, Phase.SPARSE, correction="second_order")
     assert "gain" in names
+
+
+def test_mixture_weighs_the_sparse_output(context) -> None:
+    ops, names, *_ = run(context, Phase.REFRESH, correction="mixture", cache_format="int8")
+    lists = ["kv_num_blocks_0", "kv_indices_0"]
+    assert names == [*lists, "gains_0", "residual_0", "residual_scale_0", "kept_weight_0"]
+    assert ops.count("aten.copy_.default") == 5
+    ops, names, *_, ctx = run(context, Phase.SPARSE, correction="mixture")
+    assert names == [*lists, "residual_0", "kept_weight_0"], "the gains are in the caches by now"
+    graph = ctx.capture.module.graph
+    (sparse,) = graph.find_nodes(op="call_function", target=qs.sparse_attention.default)
+    (added,) = graph.find_nodes(op="call_function", target=qs.add_residual.default)
+    chain = [added]
+    while chain[-1] is not sparse:
+        chain.append(chain[-1].args[0])
+    assert [str(n.target).split(".")[-2] for n in chain[1:-2]] == ["to", "mul", "to"], chain
 
 
 def test_complement_resumes_the_softmax(context) -> None:

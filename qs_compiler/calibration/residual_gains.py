@@ -1,0 +1,164 @@
+"""The gains of the mixture correction: one a head, by least squares, while the full-precision model denoises.
+
+k steps after a refresh, first order misses y = D(k) - D(ref), the change of the residual D = A_full - A_sparse. The
+mixture adds -g x with x = w (A_sparse(k) - A_sparse(ref)), w the dropped share of the row's softmax at the refresh. The
+gain of a head is the one that misses least in squares over all its sparse steps:
+
+    g = -sum(x . y) / sum(x . x), within [0, 1]
+
+Masks and schedule are those of the recipe; the model goes on with its dense outputs. A few query blocks of each
+attention are enough, so a run costs little more than without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..options import Recipe
+from ..passes.sparsify_attention import MIN_BLOCKS
+from ..runtime.cache_layout import block_budget
+from ..runtime.schedule import Schedule
+from ..runtime.tracker import Signal, Video, track
+
+qs = torch.ops.quantsparse
+QUERY_BLOCKS = 8
+
+
+@dataclasses.dataclass
+class _Reference:
+    """What a refresh leaves: `kept` and `residual` (B, H, rows, D) in q's dtype, `dropped` (B, H, rows) fp32."""
+
+    step: int
+    lists: tuple[torch.Tensor, torch.Tensor]
+    kept: torch.Tensor
+    residual: torch.Tensor
+    dropped: torch.Tensor
+
+
+def fits_gains(recipe: Recipe) -> bool:
+    """Whether a recipe has gains to fit."""
+    return recipe.density < 1 and recipe.correction == "mixture"
+
+
+class GainFit(TorchFunctionMode):
+    """While open, looks on as `model` denoises with announced steps; `gains()` is what was learned.
+
+    Args:
+        model: in full precision, not compiled.
+        recipe: its density, mask blocks, interval and warm-up are those of the run to come.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe, self._model = recipe, model
+        self._schedule = Schedule(recipe.interval, recipe.warmup)
+        self._tracker = track(model)
+        self._path: list[str] = []  # of the modules that are running, the innermost last
+        self._hooks: list[Any] = []
+        self._video: Video | None = None
+        self._references: dict[tuple[Any, ...], _Reference] = {}
+        self._counts: dict[str, int] = {}
+        self._sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __enter__(self) -> GainFit:
+        for name, module in self._model.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._begin(name)))
+            self._hooks.append(module.register_forward_hook(lambda *_: self._end(), always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._references.clear()
+
+    def gains(self) -> dict[str, torch.Tensor]:
+        """Qualified name of an attention module -> its gains, (H,) fp32 on the CPU."""
+        return {
+            name: (xy / xx.clamp_min(torch.finfo(xx.dtype).tiny)).clamp(0, 1).float().cpu()
+            for name, (xy, xx) in self._sums.items()
+        }
+
+    def _begin(self, name: str) -> None:
+        if not self._path:
+            self._counts.clear()
+        self._path.append(name)
+
+    def _end(self) -> None:
+        self._path.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        signal = self._tracker.signal if func is F.scaled_dot_product_attention and self._path else None
+        if signal is not None:
+            with torch.no_grad():
+                self._see(signal, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _see(
+        self,
+        signal: Signal,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        name, block = self._path[-1], self.recipe.block_size
+        step = self._schedule.refresh_step(signal.step, signal.num_steps)
+        if step is None or is_causal or query.dim() != 4 or query.shape[2] != key.shape[2]:
+            return
+        whole, blocks = query.shape[2] // block, -(-query.shape[2] // block)
+        budget = block_budget(self.recipe.density, blocks)
+        kv_len = None if attn_mask is None else _prefix(attn_mask, len(query))
+        if blocks < MIN_BLOCKS or budget >= blocks or (attn_mask is not None and kv_len is None):
+            return
+        if signal.video is not self._video:
+            self._video = signal.video
+            self._references.clear()
+        self._counts[name] = self._counts.get(name, -1) + 1
+        site = (name, self._counts[name], signal.branch)
+        chosen = torch.linspace(0, whole - 1, min(whole, QUERY_BLOCKS), device=query.device).round().long()
+        q = query[:, :, : whole * block].unflatten(2, (whole, block))[:, :, chosen].flatten(2, 3)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        reference = self._references.get(site)
+        fresh = reference is None or reference.step != step
+        if fresh:
+            own = torch.eye(blocks, dtype=torch.bool, device=q.device)[chosen]
+            lists = qs.select_blocks.default(qs.block_scores.default(q, key, kv_len, scale, block), own, budget)
+        else:
+            lists = reference.lists
+        o, lse, residual, lse_kept, _ = qs.refresh_attention.default(
+            q, key, value, None, None, None, *lists, kv_len, None, "residual", scale, block, torch.float32
+        )
+        if fresh:
+            dropped = 1 - torch.exp(torch.clamp(lse_kept - lse, max=0))
+            self._references[site] = _Reference(
+                step, lists, (o - residual).to(q.dtype), residual.to(q.dtype), torch.nan_to_num(dropped)
+            )
+            return
+        x = reference.dropped[..., None] * (o - residual - reference.kept.float())
+        y = residual - reference.residual.float()
+        found = (-(x * y).sum((0, 2, 3)).double(), x.square().sum((0, 2, 3)).double())
+        old = self._sums.get(name)
+        self._sums[name] = found if old is None else (old[0] + found[0], old[1] + found[1])
+
+
+def _prefix(mask: torch.Tensor, batch: int) -> torch.Tensor | None:
+    """Lengths (B,) of a mask that keeps the first keys of each clip, (B or 1, 1, 1, T) bool; None for any other."""
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+        return None
+    keys = mask[:, 0, 0]
+    if bool((keys[:, 1:] & ~keys[:, :-1]).any()):
+        return None
+    return keys.sum(-1, dtype=torch.int32).expand(batch)
