@@ -71,6 +71,13 @@ def extern_kernel(op) -> Any:
     return fallback_handler(op, add_to_fallback_set=False)
 
 
+def declare_aligned(box: Any) -> None:
+    """Say that an extern kernel's output starts at a multiple of 16 bytes, so that kernels may read it in vectors."""
+    from torch._inductor.virtualized import V
+
+    V.graph.unaligned_buffers.discard(box.get_name())
+
+
 def divide_to_nearest(a: Any, b: Any) -> Any:
     """IR for a / b, rounded to nearest on CUDA too, where Inductor can say so: Triton's own division is approximate."""
     from torch._inductor.ops_handler import OpsHandler
@@ -217,10 +224,14 @@ def stack_name(entry: tuple[str, Any]) -> str:
     return entry[0]
 
 
-def mark_extra_placeholder(node: fx.Node) -> None:
-    """Give a placeholder of ours the attributes that AOTAutograd expects of Dynamo's."""
+def mark_extra_placeholder(node: fx.Node, *, stays: bool) -> None:
+    """Give a placeholder of ours the attributes that AOTAutograd expects of Dynamo's.
+
+    stays: its tensor keeps its address from call to call, as a parameter does. A CUDA graph then reads and writes it in
+    place, and is recorded again if it moves after all; other inputs are copied at every replay and may not be written.
+    """
     node._dynamo_source = None
-    node.meta["tensor_dict"] = {}
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"} if stays else {}
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
@@ -272,6 +283,12 @@ def tensor_constants(module: fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
     """Names and values of the tensors that a traced graph fetches by get_attr."""
     found = [(n.target, getattr(module, n.target)) for n in module.graph.find_nodes(op="get_attr")]
     return [(name, value) for name, value in found if isinstance(value, torch.Tensor)]
+
+
+def calls(module: fx.GraphModule, target: Any) -> bool:
+    """Whether a graph, or a body that it calls, calls `target`."""
+    graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
+    return any(graph.find_nodes(op="call_function", target=target) for graph in graphs)
 
 
 def finish_graph(module: fx.GraphModule) -> None:
@@ -386,13 +403,12 @@ def compile_graph(
 
     if _EAGER_GRAPHS.get():
         return module.forward
+    _name_constants(module)
     if not own_context:
-        _name_constants(module)
         # Dynamo knows nothing of the appended inputs; left to AOTAutograd, their sizes would become symbols.
         fake_mode = torch._guards.TracingContext.get().fake_mode
         examples = [from_fake(t, fake_mode) if is_fake(t) else t for t in inputs]
         return compile_fx(module, examples, config_patches=patches)
-    module.meta.pop("dynamo_compile_id", None)
     fake_mode = FakeTensorMode()
     fakes = [from_fake(t, fake_mode) if isinstance(t, torch.Tensor) else t for t in inputs]
     with torch._guards.tracing(None), torch._guards.compile_context(None):

@@ -29,6 +29,7 @@ from .runtime.weights import CallTimeWeights
 log = logging.getLogger("qs_compiler")
 
 DEVICES = ("cpu", "cuda")
+WAITS_FOR_DEVICE = torch.ops.quantsparse.low_rank.default
 
 
 def quantsparse(
@@ -118,10 +119,14 @@ class GraphCompiler:
         )
         self.report.passes += run_passes(context, self.dump)
         examples = [node.meta["val"] for node in context.capture.placeholders[len(capture.inputs) :]]
+        patches = self._patches()
+        if patches.get("triton.cudagraphs") and _compat.calls(context.capture.module, WAITS_FOR_DEVICE):
+            patches["triton.cudagraphs"] = False
+            self.report.notes.append(f"{phase.value}: no CUDA graph, since eigenvectors are checked on the host")
         start = time.perf_counter()
         with collect_fallbacks() as fallbacks, _compat.generated_code() as codes:
             fn = _compat.compile_graph(
-                context.capture.module, [*args, *examples], self._patches(), own_context=own_context
+                context.capture.module, [*args, *examples], patches, own_context=own_context
             )
         self.report.compile_seconds[phase.value] = round(time.perf_counter() - start, 3)
         for number, code in enumerate(codes):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .._compat import extern_kernel, register_lowering
+from .._compat import declare_aligned, extern_kernel, register_lowering
 
 OP = torch.ops.quantsparse.fetch.default
 
 
 @register_lowering(OP, type_promotion_kind=None)
 def lower_fetch(*args):
-    return extern_kernel(OP)(*args)
+    fetched = extern_kernel(OP)(*args)
+    declare_aligned(fetched)  # it is allocated there
+    return fetched

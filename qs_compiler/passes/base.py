@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from .. import _compat
+from ..runtime.inputs import Scalar
 
 if TYPE_CHECKING:
     from ..capture import Capture
@@ -101,7 +102,7 @@ class PassContext:
             node = graph.placeholder(name)
         fake_mode = _compat.fake_mode_of(graph)
         node.meta["val"] = example if _compat.is_fake(example) else fake_mode.from_tensor(example, static_shapes=True)
-        _compat.mark_extra_placeholder(node)
+        _compat.mark_extra_placeholder(node, stays=not isinstance(provider, Scalar))
         self.extra_inputs.append(provider)
         return node
 

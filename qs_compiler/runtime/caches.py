@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,20 @@ class CacheEntry:
     tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     hosts: dict[str, HostCache] = dataclasses.field(default_factory=dict)
     _slots: dict[str, tuple[Slot, torch.device, bool]] = dataclasses.field(default_factory=dict)
+    _give_back: Callable[[], None] | None = None
+
+    def adopt(self, spares: dict[Hashable, Any], key: Hashable) -> None:
+        """Take over the tensors of an earlier video, and leave them in `spares` at the end of this one.
+
+        CUDA graphs are recorded for their addresses.
+        """
+        self.tensors, self._slots = spares.pop(key, ({}, {}))
+        self._give_back = lambda: spares.update({key: (self.tensors, self._slots)})
+
+    def close(self) -> None:
+        """The video is over."""
+        if self._give_back is not None:
+            self._give_back()
 
     def valid_for(self, owner: torch.Tensor, refreshed_at: int) -> bool:
         """Whether the entry was renewed by this very layer at this very step."""

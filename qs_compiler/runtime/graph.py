@@ -68,6 +68,7 @@ class CompiledGraph:
         self._schedule = Schedule(options.interval, options.warmup)
         self._recipe, self._strict, self._budget = options.recipe, options.strict, options.memory_budget
         self._cuda_graphs = bool(_compat.mode_patches(options.mode).get("triton.cudagraphs"))
+        self._spares: dict[Hashable, Any] = {}
         self._inputs = capture.placeholders
         self._sizes = [i for i, x in enumerate(capture.inputs) if x.kind is Kind.SIZE]
         self._demands: dict[tuple[int, ...], Demand] = {}
@@ -174,6 +175,8 @@ class CompiledGraph:
         entry = signal.video.caches.get(key)
         if entry is None or entry.owner() is not owner:
             entry = signal.video.caches[key] = CacheEntry(weakref.ref(owner), tensor_version(owner))
+            if self._cuda_graphs:
+                entry.adopt(self._spares, key)
         return entry
 
     def _gain_at(self, lag: int) -> float:

@@ -44,6 +44,8 @@ class Video:
 
     def close(self) -> None:
         """The video is over or was given up: free its caches."""
+        for entry in self.caches.values():
+            entry.close()
         self.caches.clear()
         self.on_host.clear()
 

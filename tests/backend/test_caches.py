@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qs_compiler as qs
+from qs_compiler import _compat
 from qs_compiler.errors import DeviceError, UnsupportedError
 from qs_compiler.options import CACHE_FORMATS
 from qs_compiler.runtime import graph, placement
@@ -116,6 +117,37 @@ def test_caches_that_fit_nowhere_are_refused_at_the_first_step() -> None:
         with pytest.raises(DeviceError, match=r"need \d+ bytes .*2 attentions, w8a8-d40, cache_format bf16.*leaves 9 "):
             model(**clip(7, 8)[0])
     assert qs.reports()[-1].calls == {"dense": 0, "refresh": 0, "sparse": 0}
+
+
+@pytest.mark.usefixtures("eager_graphs")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_cuda_graphs_find_the_caches_where_they_were_recorded(mode: str | None) -> None:
+    options = {"recipe": RECIPE} if mode is None else {"recipe": RECIPE, "mode": mode}
+    model, tensors = torch.compile(make(), backend="quantsparse", options=options), []
+    for video in (7, 8):
+        with qs.denoising(model, 4) as run:
+            for branch, inputs in zip(("cond", "uncond"), clip(video, 2), strict=True):
+                run.step(0, branch)
+                model(**inputs)
+            tensors.append([t for b in ("cond", "uncond") for e in run.caches(b) for t in e.tensors.values()])
+    assert [a is b for a, b in zip(*tensors, strict=True)] == 12 * [mode is not None]
+
+
+@pytest.mark.parametrize(("fields", "recorded"), [({}, True), ({"correction": "second_order"}, False)])
+def test_what_waits_for_the_device_is_not_recorded(fields: dict, recorded: bool, monkeypatch) -> None:
+    seen = []
+
+    def record(module, inputs, patches, own_context):
+        seen.append(patches["triton.cudagraphs"])
+        return module.forward
+
+    monkeypatch.setattr(_compat, "compile_graph", record)
+    options = {"recipe": {**RECIPE, **fields}, "mode": "reduce-overhead"}
+    with qs.denoising(model := torch.compile(make(), backend="quantsparse", options=options), 4) as run:
+        run.step(0)
+        model(**clip(7, 1)[0])
+    assert seen == [True, recorded, True]  # dense, refresh, sparse
+    assert len(qs.reports()[-1].notes) == int(not recorded)
 
 
 class TestPlacement:

@@ -7,7 +7,8 @@ import torch
 
 import qs_compiler as qs
 from qs_compiler import _compat
-from tests.backend.models import RECIPE, clip, make
+from qs_compiler.runtime.cache_layout import cache_bytes
+from tests.backend.models import RECIPE, TOKENS, clip, make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,6 +68,87 @@ def test_cuda_graphs_compute_the_same():
         for video, expected in zip((7, 8), want, strict=True):
             torch.testing.assert_close(denoise(model, video), expected, msg=lambda m, r=round_: f"round {r}: {m}")
     assert qs.reports()[-1].calls["sparse"] == 24
+
+
+def test_cuda_graphs_replay_in_every_phase(monkeypatch):
+    """Once recorded, no step of a video captures anew, none is skipped, and every call is a replay."""
+    counts = {"capture_begin": 0, "replay": 0}
+    for name in counts:
+        original = getattr(torch.cuda.CUDAGraph, name)
+
+        def counted(self, *args, name=name, original=original, **kwargs):
+            counts[name] += 1
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.cuda.CUDAGraph, name, counted)
+    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    model = compiled(mode="reduce-overhead")
+    for video in (7, 8, 7):
+        denoise(model, video)
+        print("after a video", counts)
+    before = dict(counts)
+    denoise(model, 8)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skips
+    assert counts["capture_begin"] == before["capture_begin"]
+    assert counts["replay"] - before["replay"] >= STEPS
+
+
+@pytest.mark.parametrize("correction", ["second_order", "complement"])
+def test_cuda_graphs_with_each_correction(correction):
+    recipe = {**RECIPE, "correction": correction}
+    want = denoise(compiled(recipe=recipe), 7)
+    torch._dynamo.reset()
+    model = compiled(recipe=recipe, mode="reduce-overhead")
+    for _ in range(3):
+        torch.testing.assert_close(denoise(model, 7), want)
+
+
+CORRECTIONS = [
+    {"correction": "first_order", "cache_format": "int4"},
+    {"correction": "second_order", "cache_format": "bf16", "mask": "mass"},
+    {"correction": "second_order", "cache_format": "rank16"},
+    {"correction": "complement", "cache_format": "fp8"},
+]
+
+
+@pytest.mark.parametrize("fields", CORRECTIONS, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
+def test_host_memory_changes_no_bit(fields):
+    recipe = qs.Recipe.parse({**RECIPE, **fields})
+    on_device = compiled(recipe=recipe)
+    want = denoise(on_device, 7)
+    assert qs.reports()[-1].cache_place == "device"
+    torch._dynamo.reset()
+    staging = 2 * cache_bytes(recipe, (1, 2, TOKENS, 16))
+    model = compiled(recipe=recipe, memory_budget=staging)
+    for _ in range(2):
+        assert torch.equal(denoise(model, 7), want)
+    report = qs.reports()[-1]
+    assert report.cache_place == "host" and report.calls["sparse"] == 8 and report.fallbacks == []
+
+
+def test_blocks_compiled_alone_fill_the_device_before_the_host():
+    def in_blocks(**options):
+        model = make(blocks=6).cuda()
+        for block in model.blocks:
+            block.compile(backend="quantsparse", options={"recipe": RECIPE, **options})
+        return model
+
+    want = denoise(in_blocks(), 7)
+    torch._dynamo.reset()
+    layer = cache_bytes(qs.Recipe.parse(RECIPE), (1, 2, TOKENS, 16))
+    model = in_blocks(memory_budget=4 * layer + layer // 2)  # two layers, and staging buffers for two
+    with qs.denoising(model, STEPS) as run:
+        for i, inputs in enumerate(clip(7, STEPS)):
+            run.step(i)
+            assert torch.equal(model(**on_device(inputs)), want[i])
+        hosts = [bool(entry.hosts) for entry in run.caches()]
+    assert hosts == [False, False, True, True, True, True]
+
+
+def test_caches_in_host_memory_exclude_cuda_graphs():
+    model = compiled(mode="reduce-overhead", memory_budget=60_000)
+    with pytest.raises(qs.QuantSparseError, match="exclude CUDA graphs"):
+        denoise(model, 7)
 
 
 def test_a_model_moved_after_it_was_compiled():
