@@ -133,4 +133,4 @@ CALLS: dict[str, dict[str, Any]] = {
 def run(name: str, pipe: Any, steps: int = 8, seed: int = 0, **more: Any) -> torch.Tensor:
     """Final latents of one video."""
     generator = torch.Generator().manual_seed(seed)
-    return pipe(**CALLS[name], num_inference_steps=steps, generator=generator, **more).frames
+    return pipe(**{**CALLS[name], **more}, num_inference_steps=steps, generator=generator).frames
