@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from . import _compat
+from .errors import OptionError
 
 log = logging.getLogger("qs_compiler")
 
@@ -105,7 +106,10 @@ class GraphDump:
         if debug_dir is not None:
             name = re.sub(r"\W+", "_", report.model)
             self.folder = Path(debug_dir) / f"{name}_{report.graph_id}"
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OptionError(f"debug_dir {debug_dir} is no folder to write to: {error.strerror}.") from None
 
     def text(self, module: fx.GraphModule) -> str:
         """The graph as readable Python, or "" where nobody will read it."""

@@ -13,7 +13,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import qs_compiler as qs
 from qs_compiler import _compat
-from qs_compiler.errors import ArtifactError, OptionError, RecipeError, UnsupportedError
+from qs_compiler.errors import ArtifactError, DeviceError, OptionError, RecipeError, UnsupportedError
 from tests.backend.models import RECIPE, ExoticDiT, TinyDiT, clip, make
 from tests.tolerances import relative_error
 
@@ -88,9 +88,13 @@ class TestLittleToRewrite:
         assert report.calls == {"dense": 1, "refresh": 1, "sparse": 2}
         assert relative_error(out, want) < 0.05  # the inputs of its refresh: the correction makes up for the mask
 
-    def test_an_empty_batch(self) -> None:
-        model = make()
-        assert compiled(model)(**clip(7, 1, batch=0)[0]).shape == (0, 320, 32)
+    @pytest.mark.parametrize("recipe", ["w8a8", RECIPE], ids=["dense", "sparse"])
+    def test_an_empty_batch(self, recipe: str | dict) -> None:
+        model = compiled(make(), recipe=recipe)
+        with qs.denoising(model, 3) as run:
+            for i, inputs in enumerate(clip(7, 3, batch=0)):
+                run.step(i)
+                assert model(**inputs).shape == (0, 320, 32)
 
 
 @pytest.mark.parametrize("given", [{"mode": "reduce-overhead"}, {"options": {"mode": "reduce-overhead"}}])
@@ -128,6 +132,10 @@ class TestCallerErrors:
             ({"artifact": "/nowhere"}, ArtifactError, "no artifact at"),
             ({"mode": "fastest"}, OptionError, "Choose from"),
             ({"strict": "yes"}, OptionError, "True or False"),
+            ({"recipe": 8}, RecipeError, "a name, a dict or a Recipe"),
+            ({"recipe": {"cache_format": "int3"}}, RecipeError, "did you mean 'int"),
+            ({"memory_budget": -1}, OptionError, "at least 0"),
+            ({"debug_dir": __file__}, OptionError, "debug_dir"),
         ],
     )
     def test_options(self, options: dict, error: type, text: str) -> None:
@@ -159,6 +167,11 @@ class TestCallerErrors:
         inputs = {name: x.to("meta") for name, x in clip(7, 1)[0].items()}
         with pytest.raises(RuntimeError, match=r"(?s)cpu.*meta|meta.*cpu"):
             compiled(make())(**inputs)
+
+    def test_a_model_on_a_device_without_a_backend(self) -> None:
+        inputs = {name: x.to("meta") for name, x in clip(7, 1)[0].items()}
+        with pytest.raises(DeviceError, match="'meta', and this backend compiles for cpu and cuda"):
+            compiled(make().to("meta"))(**inputs)
 
     @pytest.mark.usefixtures("eager_graphs")
     def test_strict_names_what_stays(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import qs_compiler as qs
+from tests.backend import diffusers_models
 from tests.backend.models import DENSE, RECIPE, clip, make
 
 pytestmark = pytest.mark.usefixtures("eager_graphs")
@@ -117,6 +118,41 @@ def test_a_corrected_sparse_step_on_the_inputs_of_its_refresh_is_dense(correctio
     assert min(errors["none"]) > 3 * max(errors[correction])
 
 
+@pytest.mark.parametrize("recipe", ["w8a8", {**RECIPE, "density": 0.25}], ids=["dense", "sparse"])
+def test_compile_repeated_blocks_of_diffusers(recipe: str | dict) -> None:
+    """Two models of one class, over two videos: their blocks share one graph."""
+
+    def model(seed: int) -> nn.Module:
+        wan, _ = diffusers_models.make("wan")
+        torch.manual_seed(seed)
+        for parameter in wan.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        return wan
+
+    def video(wan: nn.Module, seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        inputs = {"hidden_states": torch.randn(1, 16, 9, 16, 16), "timestep": torch.tensor([500.0])}
+        inputs |= {"encoder_hidden_states": torch.randn(1, 12, 32), "return_dict": False}
+        with qs.denoising(wan, STEPS) as run:
+            out = []
+            for i in range(STEPS):
+                run.step(i)
+                out.append(wan(**diffusers_models.at_step(inputs, i, STEPS))[0])
+        return out
+
+    count, models = len(qs.reports()), [model(1), model(2)]
+    for wan in models:
+        wan.compile_repeated_blocks(backend="quantsparse", options={"recipe": recipe}, fullgraph=True)
+    got = [video(wan, seed) for seed in (7, 8) for wan in models]
+    (report,) = qs.reports()[count:]
+    assert (report.calls["sparse"] > 0) == isinstance(recipe, dict)
+    for i, (seed, which) in enumerate((seed, which) for seed in (7, 8) for which in (1, 2)):
+        torch._dynamo.reset()
+        alone = model(which)
+        alone.compile_repeated_blocks(backend="quantsparse", options={"recipe": recipe}, fullgraph=True)
+        assert_same(got[i], video(alone, seed))
+
+
 def test_refreshes_are_dense_and_sparse_steps_are_not() -> None:
     model = make(1)
     dense = denoise(whole(model, DENSE), 7)
@@ -172,11 +208,12 @@ def replace_module(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("recipe", [DENSE, RECIPE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("way", [whole, each_block])
 @pytest.mark.parametrize("change", [swap, edit, edit_unseen, replace_module])
-def test_a_weight_changed_after_the_compile(change: Callable[[nn.Module], None], recipe: dict) -> None:
+def test_a_weight_changed_after_the_compile(change: Callable[[nn.Module], None], way: Compile, recipe: dict) -> None:
     want = reference(1, 7, recipe, change)
     model = make(1)
-    compiled = whole(model, recipe)
+    compiled = way(model, recipe)
     before = denoise(compiled, 7)
     change(model)
     after = denoise(compiled, 7)
@@ -216,23 +253,25 @@ def test_a_block_used_twice_in_one_forward_has_two_caches() -> None:
     assert_same(denoise(looped, 7), want)
 
 
-def test_two_experts_of_one_video_share_the_steps_but_not_the_weights() -> None:
-    def run_experts(experts: list[nn.Module]) -> list[torch.Tensor]:
-        out = []
+@pytest.mark.parametrize("recipe", [DENSE, RECIPE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("way", [whole, each_block, attached])
+def test_two_experts_of_one_video_share_the_steps_but_not_the_weights(way: Compile, recipe: dict) -> None:
+    experts, got = [way(make(1), recipe), way(make(2), recipe)], {}
+    for video in (7, 8):
+        got[video] = []
         with qs.denoising(experts, STEPS) as run:
-            for i, inputs in enumerate(clip(7, STEPS)):
+            for i, inputs in enumerate(clip(video, STEPS)):
                 run.step(i)
-                out.append(experts[i >= 3](**inputs))
-        return out
-
-    got = run_experts([whole(make(1), RECIPE), whole(make(2), RECIPE)])
+                got[video].append(experts[i >= 3](**inputs))
     torch._dynamo.reset()
-    alone = [denoise_some(make(seed), range(3) if seed == 1 else range(3, STEPS)) for seed in (1, 2)]
-    assert_same(got, alone[0] + alone[1])
+    alone = attached if way is attached else whole
+    for video in (7, 8):
+        high = denoise_some(alone(make(1), recipe), video, range(3))
+        assert_same(got[video], high + denoise_some(alone(make(2), recipe), video, range(3, STEPS)))
 
 
-def denoise_some(model: nn.Module, steps: range) -> list[torch.Tensor]:
-    compiled, inputs = whole(model, RECIPE), clip(7, STEPS)
+def denoise_some(compiled: nn.Module, video: int, steps: range) -> list[torch.Tensor]:
+    inputs = clip(video, STEPS)
     with qs.denoising(compiled, STEPS) as run:
         out = []
         for i in steps:
