@@ -8,7 +8,7 @@ import torch
 import qs_compiler as qs
 from qs_compiler import _compat
 from qs_compiler.errors import DeviceError, UnsupportedError
-from qs_compiler.options import CACHE_FORMATS
+from qs_compiler.options import CACHE_FORMATS, CORRECTIONS
 from qs_compiler.runtime import graph, placement
 from qs_compiler.runtime.cache_layout import cache_bytes, cache_slots
 from tests.backend.models import RECIPE, TOKENS, clip, make
@@ -28,7 +28,7 @@ def allocated(recipe: dict) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.usefixtures("eager_graphs")
 @pytest.mark.parametrize("mask", ["pooled", "mass"])
-@pytest.mark.parametrize("correction", ["none", "first_order", "second_order", "complement"])
+@pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)
 def test_what_is_predicted_is_allocated(cache_format: str, correction: str, mask: str) -> None:
     fields = {**RECIPE, "format": "off", "cache_format": cache_format, "correction": correction, "mask": mask}
@@ -50,6 +50,7 @@ def test_what_is_predicted_is_allocated(cache_format: str, correction: str, mask
         ({"cache_format": "int4"}, 10.9),
         ({"cache_format": "int4", "density": 0.25}, 11.1),
         ({"cache_format": "int4", "correction": "complement"}, 11.5),
+        ({"cache_format": "int4", "correction": "mixture"}, 11.5),
         ({"cache_format": "rank32"}, 10.6),
         ({"cache_format": "rank16"}, 5.5),
     ],
@@ -76,8 +77,9 @@ def denoise(recipe: dict, video: int = 7, steps: int = 10) -> list[torch.Tensor]
     return out
 
 
-CORRECTIONS = [
+RECIPES = [
     {"correction": "first_order", "cache_format": "int4"},
+    {"correction": "mixture", "cache_format": "int8"},
     {"correction": "second_order", "cache_format": "bf16", "mask": "mass"},
     {"correction": "second_order", "cache_format": "rank16"},
     {"correction": "complement", "cache_format": "fp8"},
@@ -85,7 +87,7 @@ CORRECTIONS = [
 
 
 @pytest.mark.usefixtures("eager_graphs")
-@pytest.mark.parametrize("fields", CORRECTIONS, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
+@pytest.mark.parametrize("fields", RECIPES, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
 def test_host_memory_changes_no_bit(fields: dict, request: pytest.FixtureRequest) -> None:
     recipe = {**RECIPE, **fields}
     want = denoise(recipe)

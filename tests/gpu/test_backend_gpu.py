@@ -103,15 +103,16 @@ def test_cuda_graphs_with_each_correction(correction):
         torch.testing.assert_close(denoise(model, 7), want)
 
 
-CORRECTIONS = [
+RECIPES = [
     {"correction": "first_order", "cache_format": "int4"},
+    {"correction": "mixture", "cache_format": "int8"},
     {"correction": "second_order", "cache_format": "bf16", "mask": "mass"},
     {"correction": "second_order", "cache_format": "rank16"},
     {"correction": "complement", "cache_format": "fp8"},
 ]
 
 
-@pytest.mark.parametrize("fields", CORRECTIONS, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
+@pytest.mark.parametrize("fields", RECIPES, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
 def test_host_memory_changes_no_bit(fields):
     recipe = qs.Recipe.parse({**RECIPE, **fields})
     on_device = compiled(recipe=recipe)
