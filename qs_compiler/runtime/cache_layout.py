@@ -41,6 +41,11 @@ class Slot:
         """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def pinned_bytes(self) -> int:
+        """What it takes in pinned host memory, whose allocator rounds up to powers of two."""
+        return 1 << (self.nbytes - 1).bit_length() if self.nbytes else 0
+
 
 def cache_slots(recipe: Recipe, shape: tuple[int, int, int, int]) -> dict[str, Slot]:
     """Slot name -> what one branch keeps of one attention whose q has `shape` (B, H, S, D)."""

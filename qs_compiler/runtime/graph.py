@@ -155,9 +155,11 @@ class CompiledGraph:
     def _demand(self, args: Sequence[Any]) -> Demand:
         """What a branch keeps, from the recipe and the shapes of this call."""
         shapes = [_compat.concrete_shape(site.shape, self._inputs, args) for site in self.dense.sites]
-        layers = tuple(sum(slot.nbytes for slot in cache_slots(self._recipe, shape).values()) for shape in shapes)
+        slots = [list(cache_slots(self._recipe, shape).values()) for shape in shapes]
+        layers = tuple(sum(slot.nbytes for slot in layer) for layer in slots)
+        pinned = sum(slot.pinned_bytes for layer in slots for slot in layer)
         largest = max(2 * math.prod(shape) for shape in shapes)
-        return Demand(layers, largest, f"{self._recipe}, cache_format {self._recipe.cache_format}")
+        return Demand(layers, pinned, largest, f"{self._recipe}, cache_format {self._recipe.cache_format}")
 
     def _phases(self, args: Sequence[Any], on_host: bool) -> tuple[Variant, Variant]:
         """Refresh and sparse for the shapes of this call; both are compiled before the first step that needs one."""

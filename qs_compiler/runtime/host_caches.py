@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import itertools
 import threading
+import types
 import weakref
 from typing import Any
 
@@ -30,6 +31,7 @@ _NUMBERS = itertools.count(1)
 _CACHES: weakref.WeakValueDictionary[int, HostCache] = weakref.WeakValueDictionary()
 _TRANSFERS: weakref.WeakValueDictionary[torch.device, Transfers] = weakref.WeakValueDictionary()
 _LOCK = threading.Lock()
+_pinned = types.SimpleNamespace(now=0, most=0)  # bytes of all host caches
 
 
 class HostCache:
@@ -49,6 +51,8 @@ class HostCache:
         with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
             self.tensor = torch.zeros(slot.shape, dtype=slot.dtype, pin_memory=device.type == "cuda")
             self.handle = torch.tensor([self.number, 0])
+        _count(slot.pinned_bytes)
+        weakref.finalize(self, _count, -slot.pinned_bytes).atexit = False
         self.follower: weakref.ref[HostCache] | None = None
         _CACHES[self.number] = self
 
@@ -56,6 +60,16 @@ class HostCache:
         """The values, once every copy that was started is done."""
         self.transfers.synchronize()
         return self.tensor
+
+
+def reusable_bytes() -> int:
+    """Pinned bytes of caches that are gone: torch keeps them for the next ones."""
+    return _pinned.most - _pinned.now
+
+
+def _count(nbytes: int) -> None:
+    _pinned.now += nbytes
+    _pinned.most = max(_pinned.most, _pinned.now)
 
 
 def cache_of(handle: torch.Tensor) -> HostCache:

@@ -11,7 +11,7 @@ import os
 import torch
 
 from ..errors import DeviceError, UnsupportedError
-from .host_caches import BUFFERS
+from .host_caches import BUFFERS, reusable_bytes
 
 GIB = 2**30
 # What a refresh allocates beside its outputs, in tensors like q in 16 bit: the attention's outputs and the correction.
@@ -24,11 +24,13 @@ class Demand:
 
     Attributes:
         layers: bytes of the caches of each attention.
+        pinned: bytes of all of them in pinned host memory.
         largest_output: bytes of the largest attention's output in 16 bit.
         recipe: its name and cache format, for messages.
     """
 
     layers: tuple[int, ...]
+    pinned: int
     largest_output: int
     recipe: str
 
@@ -41,11 +43,6 @@ class Demand:
     def staging(self) -> int:
         """Device bytes that caches in host memory take."""
         return BUFFERS * max(self.layers)
-
-    @property
-    def pinned(self) -> int:
-        """Host bytes at most: the pinned allocator rounds each tensor up to a power of two."""
-        return 2 * self.total
 
 
 def belongs_on_host(demand: Demand, device: torch.device, budget: int | None, used: int, cuda_graphs: bool) -> bool:
@@ -73,7 +70,7 @@ def belongs_on_host(demand: Demand, device: torch.device, budget: int | None, us
     remedy = "choose a smaller cache_format (int4, rank16)" + (", raise memory_budget" if given else "")
     if not has_host:
         raise DeviceError(f"{text}; {remedy}, or run with a dense recipe.")
-    host = available_host_bytes()
+    host = available_host_bytes() + reusable_bytes()
     if demand.staging > left or demand.pinned > host:
         raise DeviceError(
             f"{text}. In host memory they need {_gib(demand.pinned)} of pinned memory, of {_gib(host)} available, and "

@@ -155,7 +155,7 @@ def test_what_waits_for_the_device_is_not_recorded(fields: dict, recorded: bool,
 class TestPlacement:
     """60 layers of 0.2 GiB, to keep on a GPU."""
 
-    demand = placement.Demand((GIB // 5,) * 60, GIB // 2, "w4a8-d15, cache_format int4")
+    demand = placement.Demand((GIB // 5,) * 60, 15 * GIB, GIB // 2, "w4a8-d15, cache_format int4")
 
     def choose(self, budget: float | None, used: float = 0, cuda_graphs: bool = False) -> bool:
         device = torch.device("cuda", 0)
@@ -181,12 +181,15 @@ class TestPlacement:
     def test_neither_device_nor_host(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DeviceError, match=r"need 12 GiB for a branch \(60 .*leaves 0.3 GiB.* 0.4 GiB on the"):
             self.choose(0.3)
-        monkeypatch.setattr(placement, "available_host_bytes", lambda: 20 * GIB)
-        with pytest.raises(DeviceError, match=r"24 GiB of pinned memory, of 20 GiB available.*raise memory_budget"):
+        monkeypatch.setattr(placement, "available_host_bytes", lambda: 12 * GIB)
+        monkeypatch.setattr(placement, "reusable_bytes", lambda: 2 * GIB)
+        with pytest.raises(DeviceError, match=r"15 GiB of pinned memory, of 14 GiB available.*raise memory_budget"):
             self.choose(3)
         self.free = 8 * GIB
         with pytest.raises(DeviceError, match=r"cuda:0 has 4 GiB to spare.*smaller cache_format"):
             self.choose(None)
+        monkeypatch.setattr(placement, "reusable_bytes", lambda: 3 * GIB)
+        assert self.choose(3), "the last video left its memory"
 
     def test_cuda_graphs_need_them_on_the_device(self) -> None:
         assert not self.choose(12.5, cuda_graphs=True)

@@ -10,7 +10,7 @@ import torch
 
 from qs_compiler.ops.library import OpInputError
 from qs_compiler.runtime.cache_layout import Slot
-from qs_compiler.runtime.host_caches import BUFFERS, HostCache, Transfers, transfers_of
+from qs_compiler.runtime.host_caches import BUFFERS, HostCache, Transfers, reusable_bytes, transfers_of
 
 quantsparse = torch.ops.quantsparse
 CPU = torch.device("cpu")
@@ -46,6 +46,15 @@ def test_bad_input_is_named() -> None:
         quantsparse.send(torch.randn(3, 4).double(), cache.handle, None)
     with pytest.raises(OpInputError, match=r"handle has shape \(1,\)"):
         quantsparse.send(torch.randn(3, 4), cache.handle[:1], None)
+
+
+def test_what_torch_keeps_for_the_next_caches_is_counted() -> None:
+    before = reusable_bytes()
+    caches = [host_cache(5, 1000) for _ in range(100)]  # 20,000 bytes each, rounded up to 32 KiB
+    during = reusable_bytes()
+    assert during <= before
+    del caches
+    assert reusable_bytes() == max(before, 100 * 2**15)
 
 
 def test_buffers_go_with_the_last_cache() -> None:
