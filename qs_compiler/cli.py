@@ -233,6 +233,35 @@ def export(
     export_transformer(source, prompt, output, None if recipe is None else parse_recipe(recipe), artifact, out)
 
 
+@app.command()
+def bench(
+    model: Model,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", help="As for `demo`; several are compared. w8a8 and w8a8-d25.")
+    ] = None,
+    artifact: Annotated[Path | None, typer.Option(help="A calibrated artifact, for all recipes.")] = None,
+    prompt: Annotated[str, typer.Option(help="Of the step whose inputs are used.")] = "a video",
+    steps: Annotated[int, typer.Option(min=1, help="Of the run that the phases are summed over.")] = 50,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps of each phase that are timed.")] = 3,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A JSON file.")] = None,
+    frames: Pixels = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    dtype: DtypeName = "bfloat16",
+    device: DeviceName = None,
+) -> None:
+    """Time the transformer of a diffusers pipeline on this machine: as it is, with torch.compile, and compressed."""
+    require("diffusers", "quantsparse bench")
+    from .bench import bench as run
+    from .pipeline_commands import Source
+
+    if output is not None:
+        check_folder(output.parent)
+    recipes = [parse_recipe(text) for text in recipe or ("w8a8", "w8a8-d25")]
+    source = Source(model, parse_device(device), dtype, pipeline_call(None, frames, height, width))
+    run(source, prompt, recipes, artifact, steps, repeats, output, command_line(), out)
+
+
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if show:

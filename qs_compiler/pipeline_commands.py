@@ -1,4 +1,4 @@
-"""What `quantsparse generate`, `calibrate` and `export` do with a diffusers pipeline."""
+"""What `quantsparse generate`, `calibrate` and `export` do with a diffusers pipeline, and what `bench` needs of it."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def export_transformer(
         raise OptionError(f"an exported program is a .pt2 file, not '{output.name}'.")
     pipe = source.load()
     (transformer,) = modules_of(pipe)[:1]
-    inputs = _first_inputs(pipe, transformer, prompt, source.call)
+    inputs = calls_of_a_step(pipe, transformer, prompt, source.call)[0]
     with torch.no_grad():
         program = compress(torch.export.export(transformer, (), inputs, strict=False), recipe=recipe, artifact=artifact)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +147,12 @@ def export_transformer(
     console.print(f"{type(transformer).__name__}, {output.stat().st_size / 1e6:.1f} MB: {output}", soft_wrap=True)
 
 
-def _first_inputs(pipe: Any, transformer: nn.Module, prompt: str, call: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of the transformer in the first call of a run, which is cut short to one step."""
+def calls_of_a_step(pipe: Any, transformer: nn.Module, prompt: str, call: dict[str, Any]) -> list[dict[str, Any]]:
+    """The keyword arguments of each call of the transformer in a run that is cut short to one step.
+
+    Raises:
+        OptionError: the pipeline does not take the call.
+    """
     caught: list[dict[str, Any]] = []
     hook = transformer.register_forward_pre_hook(lambda _, args, inputs: caught.append(inputs), with_kwargs=True)
     try:
@@ -157,4 +161,4 @@ def _first_inputs(pipe: Any, transformer: nn.Module, prompt: str, call: dict[str
         raise OptionError(f"{type(pipe).__name__} cannot be called so: {error}.") from error
     finally:
         hook.remove()
-    return caught[0]
+    return caught

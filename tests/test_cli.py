@@ -201,5 +201,31 @@ def test_export_says_what_it_cannot_do(call, pipeline, words, cause):
     assert status == 1 and cause in stderr
 
 
+def test_bench_times_each_phase_of_each_recipe(call, pipeline):
+    sparse = '{"format": "w8a8", "density": 0.5, "block_size": 64, "interval": 2, "warmup": 0.25}'
+    size = [word for word in SIZE if word not in ("--steps", "3")]
+    words = ["pipe", "-r", "w8a8", "-r", sparse, "--steps", "8", "--repeats", "1", "-o", "bench.json", *size]
+    status, stdout, stderr = call("bench", *words)
+    assert status == 0, stderr
+    result = json.loads((pipeline / "bench.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["as it is", "torch.compile", "w8a8", "w8a8-d50"]
+    assert result["steps"] == 8 and result["device"] == "cpu" and result["command"].startswith("quantsparse bench pipe")
+    eager, compiled, packed, both = result["rows"]
+    assert set(eager["milliseconds"]) == set(packed["milliseconds"]) == {"dense"}
+    assert both["steps"] == {"dense": 2, "refresh": 3, "sparse": 3} and set(both["milliseconds"]) == set(both["steps"])
+    assert both["seconds"] == pytest.approx(sum(both["milliseconds"][p] * n for p, n in both["steps"].items()) / 1e3)
+    assert packed["weight_bytes"] < compiled["weight_bytes"] == eager["weight_bytes"]
+    assert "speed-up" in stdout and "w8a8-d50" in stdout
+    last = qs_compiler.reports()[-1]
+    assert last.calls == {"dense": 4, "refresh": 4, "sparse": 4}  # two branches, each phase once to compile and once
+
+
+def test_bench_wants_one_expert(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    wan(dual=True).save_pretrained(tmp_path / "pipe")
+    status, _, stderr = call("bench", "pipe", "--dtype", "float32", "--device", "cpu")
+    assert status == 1 and "two experts" in stderr and "qs_compiler.attach" in stderr
+
+
 def test_version(call):
     assert call("--version")[1].strip() == qs_compiler.__version__
