@@ -98,8 +98,9 @@ def bench(
         for what in (EAGER, COMPILED, *recipes):
             progress.add_task(str(what), total=None)
             gc.collect()
-            dtype = {DTYPE: getattr(torch, source.dtype)}
-            module = model_class.from_pretrained(source.model, subfolder="transformer", **dtype).to(source.device).eval()
+            dtype = getattr(torch, source.dtype)
+            module = model_class.from_pretrained(source.model, subfolder="transformer", **{DTYPE: dtype})
+            module.to(source.device).eval()
             rows.append(_measure(module, what, artifact, calls, steps, repeats, source.device))
             del module
             torch.compiler.reset()
