@@ -291,6 +291,11 @@ def calls(module: fx.GraphModule, target: Any) -> bool:
     return any(graph.find_nodes(op="call_function", target=target) for graph in graphs)
 
 
+def asks_device(op: str) -> bool:
+    """Whether the reference of one of our ops reads values from the device, which no CUDA graph can record."""
+    return torch.Tag.cudagraph_unsafe in getattr(torch.ops.quantsparse, op).default.tags
+
+
 def finish_graph(module: fx.GraphModule) -> None:
     """What every pass ends with: the graph is lint-free and compiled to Python."""
     module.graph.lint()

@@ -29,7 +29,7 @@ from .runtime.weights import CallTimeWeights
 log = logging.getLogger("qs_compiler")
 
 DEVICES = ("cpu", "cuda")
-WAITS_FOR_DEVICE = torch.ops.quantsparse.low_rank.default
+EIGENVECTORS = torch.ops.quantsparse.low_rank.default  # they are checked on the host
 
 
 def quantsparse(
@@ -119,26 +119,37 @@ class GraphCompiler:
         )
         self.report.passes += run_passes(context, self.dump)
         examples = [node.meta["val"] for node in context.capture.placeholders[len(capture.inputs) :]]
-        patches = self._patches()
-        if patches.get("triton.cudagraphs") and _compat.calls(context.capture.module, WAITS_FOR_DEVICE):
-            patches["triton.cudagraphs"] = False
-            self.report.notes.append(f"{phase.value}: no CUDA graph, since eigenvectors are checked on the host")
-        start = time.perf_counter()
-        with collect_fallbacks() as fallbacks, _compat.generated_code() as codes:
-            fn = _compat.compile_graph(
-                context.capture.module, [*args, *examples], patches, own_context=own_context
-            )
-        self.report.compile_seconds[phase.value] = round(time.perf_counter() - start, 3)
-        for number, code in enumerate(codes):
-            self.dump.write(f"{phase.value}.output_code_{number}.py", code)
-        if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
-            fallbacks += _called_references(codes, {op for op, _ in fallbacks})
+        inputs, patches = [*args, *examples], self._patches()
+        if patches.get("triton.cudagraphs") and _compat.calls(context.capture.module, EIGENVECTORS):
+            self._leave_out_cuda_graphs(phase, patches, ["low_rank"])
+        fn, fallbacks = self._compiled(phase, context, inputs, patches, own_context)
+        if patches.get("triton.cudagraphs") and (asking := [op for op, _ in fallbacks if _compat.asks_device(op)]):
+            self._leave_out_cuda_graphs(phase, patches, asking)
+            fn, fallbacks = self._compiled(phase, context, inputs, patches, own_context)
         self.report.fallbacks += [f for f in dict.fromkeys(fallbacks) if f not in self.report.fallbacks]
         self.dump.write_report()
         if fallbacks and self.options.strict:
             text = "; ".join(f"{op}: {reason}" for op, reason in fallbacks)
             raise UnsupportedError(f"strict=True, and these ops have no kernel here: {text}.")
         return Variant(phase, fn, context)
+
+    def _compiled(
+        self, phase: Phase, context: PassContext, inputs: list[Any], patches: dict[str, Any], own_context: bool
+    ) -> tuple[Callable[..., Any], list[tuple[str, str]]]:
+        """What Inductor makes of a rewritten graph, and the (op, reason) that it left to their references on CUDA."""
+        start = time.perf_counter()
+        with collect_fallbacks() as fallbacks, _compat.generated_code() as codes:
+            fn = _compat.compile_graph(context.capture.module, inputs, patches, own_context=own_context)
+        self.report.compile_seconds[phase.value] = round(time.perf_counter() - start, 3)
+        for number, code in enumerate(codes):
+            self.dump.write(f"{phase.value}.output_code_{number}.py", code)
+        if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+            fallbacks += _called_references(codes, {op for op, _ in fallbacks})
+        return fn, fallbacks
+
+    def _leave_out_cuda_graphs(self, phase: Phase, patches: dict[str, Any], ops: list[str]) -> None:
+        patches["triton.cudagraphs"] = False
+        self.report.notes.append(f"{phase.value}: no CUDA graph, since {', '.join(ops)} waits for the device")
 
     def _patches(self) -> dict[str, Any]:
         user = user_passes_fingerprint()

@@ -8,6 +8,7 @@ import torch
 import qs_compiler as qs
 from qs_compiler import _compat
 from qs_compiler.errors import DeviceError, UnsupportedError
+from qs_compiler.lowering import fallbacks
 from qs_compiler.options import CACHE_FORMATS, CORRECTIONS
 from qs_compiler.runtime import graph, placement
 from qs_compiler.runtime.cache_layout import cache_bytes, cache_slots
@@ -150,6 +151,26 @@ def test_what_waits_for_the_device_is_not_recorded(fields: dict, recorded: bool,
         model(**clip(7, 1)[0])
     assert seen == [True, recorded, True]  # dense, refresh, sparse
     assert len(qs.reports()[-1].notes) == int(not recorded)
+
+
+def test_a_reference_that_asks_the_device_is_not_recorded(monkeypatch) -> None:
+    seen = []
+
+    def without_a_kernel(module, inputs, patches, own_context):
+        seen.append(patches["triton.cudagraphs"])
+        if _compat.calls(module, torch.ops.quantsparse.sparse_attention.default):
+            fallbacks.record("sparse_attention", "no tile fits")
+        return module.forward
+
+    monkeypatch.setattr(_compat, "compile_graph", without_a_kernel)
+    options = {"recipe": RECIPE, "mode": "reduce-overhead"}
+    with qs.denoising(model := torch.compile(make(), backend="quantsparse", options=options), 4) as run:
+        run.step(0)
+        model(**clip(7, 1)[0])
+    report = qs.reports()[-1]
+    assert seen == [True, True, True, False]  # dense, refresh, sparse, sparse again
+    assert report.notes == ["sparse: no CUDA graph, since sparse_attention waits for the device"]
+    assert report.fallbacks == [("sparse_attention", "no tile fits")]
 
 
 class TestPlacement:
