@@ -40,6 +40,7 @@ FORMATS = {
     "w6a6": Format("int6", "int6"),  # simulated in int8
     "w4a4": Format("int4", "int4"),  # simulated: int4 storage, int8 arithmetic
 }
+ATTENTIONS = ("16bit", "int8", "int8-fp8")
 CORRECTIONS = ("none", "first_order", "second_order", "complement", "mixture")
 GAINS = ("0", "1", "k/tau", "clipped")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -54,6 +55,8 @@ class Recipe:
     Attributes:
         format: a name in FORMATS; `off` leaves the linears in 16 bit.
         density: fraction of the key blocks that a sparse step keeps, always-kept blocks included; 1 is dense.
+        attention: operands of the self-attentions that run on this backend's kernels: `16bit`; `int8` codes of q, and
+            of k less its mean; or those and float8 values, `int8-fp8`.
         block_size: tokens of a query block and of a key block.
         mask: what ranks the key blocks: `pooled` q and k, or those and the `mass` of the last refresh.
         correction: of the sparse attention: `none`, `first_order` (the cached residual), `second_order` (SSAR of
@@ -77,6 +80,7 @@ class Recipe:
 
     format: str = "w8a8"
     density: float = 1.0
+    attention: Literal["16bit", "int8", "int8-fp8"] = "16bit"
     block_size: int = 128
     mask: Literal["pooled", "mass"] = "pooled"
     correction: Literal["none", "first_order", "second_order", "complement", "mixture"] = "first_order"
@@ -91,9 +95,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_format_and_density(self.format, self.density)
+        _one_of("attention", self.attention, ATTENTIONS)
         _one_of("block_size", self.block_size, (64, 128))
         _one_of("mask", self.mask, ("pooled", "mass"))
         _one_of("correction", self.correction, CORRECTIONS)
+        if self.correction == "complement" and self.attention != "16bit":
+            raise RecipeError(
+                f"correction 'complement' joins log-sum-exps of two steps, and attention '{self.attention}' moves "
+                "them by the mean of each step's keys; use attention='16bit', or another correction."
+            )
         _one_of("gain", self.gain, GAINS)
         _integer("rank", self.rank, 1, 128)
         _one_of("cache_format", self.cache_format, CACHE_FORMATS)

@@ -18,6 +18,7 @@ LOWERINGS = (
     "linear",
     "low_rank",
     "pack_values",
+    "quantize_keys",
     "quantize_rows",
     "refresh_attention",
     "select_blocks",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .._compat import L, divide_to_nearest, extern_kernel, ir, lowerings, ops, register_lowering
+from .._compat import L, divide_to_nearest, extern_kernel, ir, ops, register_lowering
 from ..ops.formats import TINY_AMAX
 from ..ops.pack_values import GROUP, QMAX, padded
+from .block_scores import key_length
 from .decode import f32
 from .device_support import call_reference, why_no_dtype
 
@@ -14,17 +15,31 @@ OP = torch.ops.quantsparse.pack_values.default
 
 
 @register_lowering(OP, type_promotion_kind=None)
-def lower_pack_values(v):
+def lower_pack_values(v, kv_len=None):
     device = v.get_device()
     if device.type == "cpu":
-        return extern_kernel(OP)(v)
+        return extern_kernel(OP)(v, kv_len)
     if (reason := why_no_dtype(device, torch.float8_e4m3fn)) is not None:
-        return call_reference(OP, reason, v)
+        return call_reference(OP, reason, v, kv_len)
     batch, heads, tokens, depth = v.get_size()
     v.realize()  # read twice
-    peak = lowerings[torch.ops.aten.amax.default](L.abs(L.to_dtype(v, f32)), [2])
+    load, length = v.make_loader(), key_length(kv_len, tokens)
+
+    def value(b, h, token, d):
+        """v[b, h, token, d]; 0 where the token does not count."""
+        inside = ops.lt(ops.index_expr(token, torch.int64), length(b))
+        return ops.masked(inside, lambda: ops.to_dtype(load([b, h, token, d]), f32), 0.0)
+
+    def magnitude(index, token):
+        b, h, d = index
+        return ops.abs(value(b, h, token[0], d))
+
+    peak = ir.Reduction.create(
+        device=device, dst_dtype=f32, src_dtype=f32, inner_fn=magnitude, ranges=[batch, heads, depth],
+        reduction_ranges=[tokens], reduction_type="max",
+    )  # fmt: skip
     peak.realize()
-    load_v, load_peak = v.make_loader(), peak.make_loader()
+    load_peak = peak.make_loader()
 
     def amax(index):
         return ops.maximum(load_peak(index), ops.constant(TINY_AMAX, f32))
@@ -34,11 +49,9 @@ def lower_pack_values(v):
 
     def code(index):
         b, h, d, group, t, a, low = index
-        token = GROUP * group + 8 * a + 2 * t + low
-        inside = ops.lt(ops.index_expr(token, torch.int64), ops.index_expr(tokens, torch.int64))
-        value = ops.masked(inside, lambda: ops.to_dtype(load_v([b, h, token, d]), f32), 0.0)
-        value = ops.mul(value, divide_to_nearest(ops.constant(QMAX, f32), amax([b, h, d])))
-        return ops.to_dtype_bitcast(ops.to_dtype(value, torch.float8_e4m3fn), torch.uint8, torch.float8_e4m3fn)
+        factor = divide_to_nearest(ops.constant(QMAX, f32), amax([b, h, d]))
+        scaled = ops.mul(value(b, h, GROUP * group + 8 * a + 2 * t + low, d), factor)
+        return ops.to_dtype_bitcast(ops.to_dtype(scaled, torch.float8_e4m3fn), torch.uint8, torch.float8_e4m3fn)
 
     def pointwise(dtype, inner, ranges):
         return ir.Pointwise.create(device=device, dtype=dtype, inner_fn=inner, ranges=list(ranges))

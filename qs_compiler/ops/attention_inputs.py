@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from .library import FLOAT_DTYPES, require, require_dtype, require_shape
-from .pack_values import padded
+from .pack_values import LENGTH_DTYPES, padded
 
 CODE_DTYPES = (torch.int8, torch.float8_e4m3fn)
 INDEX_DTYPES = (torch.int32, torch.int16)
-LENGTH_DTYPES = (torch.int32, torch.int64)
 
 
 def blocks_of(tokens: int, block_size: int) -> int:

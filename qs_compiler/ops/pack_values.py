@@ -1,7 +1,8 @@
 """quantsparse::pack_values: float8 values of an attention, laid out as tensor cores take them.
 
-v (B, Hkv, T, D) float. Returns packed (B, Hkv, D, T16) uint8, the bits of e4m3 codes, T16 = T rounded up to 16, zeros
-from T on; and v_scale (B, Hkv, D) float32: one scale a channel, its largest magnitude / 448. Two things differ from v:
+v (B, Hkv, T, D) float; kv_len (B,) or None: how many leading tokens count, the others get zeros. Returns packed
+(B, Hkv, D, T16) uint8, the bits of e4m3 codes, T16 = T rounded up to 16, zeros from T on; and v_scale (B, Hkv, D)
+float32: one scale a channel, its largest magnitude / 448. Two things differ from v:
 
     transposed    8-bit products want the summed index contiguous in memory, which is the token;
     interleaved   slot 16 g + 4 t + 2 a + b holds token 16 g + 8 a + 2 t + b. The scores come out of one product with
@@ -18,7 +19,8 @@ from .library import FLOAT_DTYPES, OpCost, define_op, itemsize, require_dtype, r
 NAME = "pack_values"
 GROUP = 16
 QMAX = 448.0  # the largest e4m3
-B, H, T, T16, D, b_v = symbols("B Hkv T T16 D b_v")
+LENGTH_DTYPES = (torch.int32, torch.int64)
+B, H, T, T16, D, b_v, b_len = symbols("B Hkv T T16 D b_v b_len")
 
 
 def padded(tokens: int) -> int:
@@ -32,14 +34,20 @@ def unpack_values(packed: torch.Tensor, tokens: int) -> torch.Tensor:
     return groups.flatten(-4).mT[:, :, :tokens].view(torch.float8_e4m3fn)
 
 
-def check(v):
+def check(v, kv_len=None):
     require_shape(NAME, "v", v, (None, None, None, None))
     require_dtype(NAME, "v", v.dtype, FLOAT_DTYPES)
+    if kv_len is not None:
+        require_shape(NAME, "kv_len", kv_len, (v.shape[0],))
+        require_dtype(NAME, "kv_len", kv_len.dtype, LENGTH_DTYPES)
 
 
-def reference(v):
+def reference(v, kv_len=None):
     tokens = v.shape[2]
     v = v.float()
+    if kv_len is not None:
+        padding = torch.arange(tokens, device=v.device) >= kv_len[:, None]
+        v = v.masked_fill(padding[:, None, :, None], 0)
     peak = v.abs().amax(2) if tokens else v.new_zeros((*v.shape[:2], v.shape[3]))
     amax = peak.clamp(min=TINY_AMAX)
     qmax = amax.new_full((), QMAX)  # as a tensor: a quotient with a Python number is a product with a reciprocal
@@ -49,21 +57,22 @@ def reference(v):
     return packed.contiguous(), amax / qmax
 
 
-def fake(v):
+def fake(v, kv_len=None):
     batch, heads, tokens, depth = v.shape
     packed = v.new_empty((batch, heads, depth, padded(tokens)), dtype=torch.uint8)
     return packed, v.new_empty((batch, heads, depth), dtype=torch.float32)
 
 
-def bind(v):
+def bind(v, kv_len=None):
     batch, heads, tokens, depth = v.shape
-    return {B: batch, H: heads, T: tokens, T16: padded(tokens), D: depth, b_v: itemsize(v)}
+    sizes = {B: batch, H: heads, T: tokens, T16: padded(tokens), D: depth}
+    return {**sizes, b_v: itemsize(v), b_len: itemsize(kv_len)}
 
 
 define_op(
-    "pack_values(Tensor v) -> (Tensor packed, Tensor v_scale)",
+    "pack_values(Tensor v, Tensor? kv_len=None) -> (Tensor packed, Tensor v_scale)",
     check=check,
     reference=reference,
     fake=fake,
-    cost=OpCost(flops=0 * B, bytes=B * H * D * (b_v * T + T16 + 4), bind=bind),
+    cost=OpCost(flops=0 * B, bytes=B * H * D * (b_v * T + T16 + 4) + B * b_len, bind=bind),
 )

@@ -6,6 +6,7 @@ if __name__ != "qs_compiler.passes":
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
 from .manager import Registration, ordered_passes, pass_names, register_built_in, register_pass, run_passes
 from .outline_repeated_blocks import OutlineRepeatedBlocks
+from .quantize_attention import QuantizeAttention
 from .quantize_linear import QuantizeLinear
 from .reparameterize_residual import ReparameterizeResidual
 from .sparsify_attention import SparsifyAttention
@@ -16,6 +17,7 @@ register_built_in(
     TrimPaddingMask(),
     QuantizeLinear(),
     SparsifyAttention(),
+    QuantizeAttention(),
     ReparameterizeResidual(),
     StageCaches(),
     OutlineRepeatedBlocks(),

@@ -51,7 +51,7 @@ class ReparameterizeResidual(GraphPass):
     """Write the correction's caches in the refresh phase and read them in the sparse phase."""
 
     name = "reparameterize_residual"
-    after = ("sparsify_attention",)
+    after = ("sparsify_attention", "quantize_attention")
 
     def run(self, graph: fx.Graph, context: PassContext) -> PassResult:
         result = PassResult()

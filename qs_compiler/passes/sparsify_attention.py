@@ -12,7 +12,7 @@ After, refresh:  scores = torch.ops.quantsparse.block_scores.default(q, k, kv_le
                  copy_ = torch.ops.aten.copy_.default(kv_num_blocks, kept[0])
                  copy__1 = torch.ops.aten.copy_.default(kv_indices, kept[1][..., :budget].to(torch.int16))
 
-The dense phase is left alone: the pass only finds the sites. The block lists are graph inputs that belong to one
+In the dense phase the pass only finds the sites. The block lists are graph inputs that belong to one
 (video, layer, branch); a mask is chosen before the refresh that uses it and stays until the next one.
 """
 
@@ -120,10 +120,9 @@ class SparsifyAttention(GraphPass):
             return _call(graph, node, operator.getitem, many, 0)
 
 
-def why_not(node: fx.Node, context: PassContext) -> str | None:
-    """Why an attention stays dense in every phase, or None."""
+def why_not_ours(node: fx.Node) -> str | None:
+    """Why an attention is none that the ops of this package compute, or None."""
     q, k = node.args[0].meta["val"], node.args[1].meta["val"]
-    recipe = context.recipe
     named = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False)), **node.kwargs}
     if named.get("is_causal"):
         return "causal attention"
@@ -133,9 +132,17 @@ def why_not(node: fx.Node, context: PassContext) -> str | None:
         return "an attention mask that is not a prefix"
     if q.dim() != 4:
         return f"q has {q.dim()} dimensions, not (batch, heads, tokens, head_dim)"
-    tokens, keys = _compat.static_hint(q.shape[2]), _compat.static_hint(k.shape[2])
-    if tokens != keys:
+    if _compat.static_hint(q.shape[2]) != _compat.static_hint(k.shape[2]):
         return "cross-attention"
+    return None
+
+
+def why_not(node: fx.Node, context: PassContext) -> str | None:
+    """Why an attention stays dense in every phase, or None."""
+    if (reason := why_not_ours(node)) is not None:
+        return reason
+    recipe = context.recipe
+    keys = _compat.static_hint(node.args[1].meta["val"].shape[2])
     blocks = math.ceil(keys / recipe.block_size)
     if blocks < MIN_BLOCKS:
         return f"{keys} tokens are fewer than {MIN_BLOCKS} blocks of {recipe.block_size}"

@@ -3,8 +3,8 @@
 Before:  ge: "b8[1, 12]" = torch.ops.aten.ge.Tensor(arange, length)
          mask: "b8[1, 12]" = torch.ops.aten.masked_fill.Scalar(ones, ge, False)
          sdpa = torch.ops.aten.scaled_dot_product_attention.default(q, k, v, unsqueeze_mask)
-After:   the same nodes; sdpa.meta["kv_len"] = length, which sparsify_attention passes on as `kv_len` and so needs no
-         mask. The dense phase keeps the mask.
+After:   the same nodes; sdpa.meta["kv_len"] = length, which sparsify_attention and quantize_attention pass on as
+         `kv_len`, and so need no mask.
 
 Only what the graph proves to be a prefix counts: `arange >= length` filled with False into ones, or `arange < length`,
 seen through unsqueeze / expand / view. Lengths stay on the device.

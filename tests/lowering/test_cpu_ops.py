@@ -54,6 +54,20 @@ def test_rotated_rows_and_weights():
     assert_close(weight, wanted_weight)
 
 
+def test_quantize_keys():
+    def function(kv_len, *inputs):
+        plain = [quantsparse.quantize_keys(x, None, BLOCK) for x in inputs]
+        return [*plain, quantsparse.quantize_keys(inputs[0], kv_len, BLOCK)]
+
+    inputs = [3 + torch.randn(2, 2, rows, 24).to(FLOATS[i % 3]) for i, rows in enumerate(ROWS[::-1])]
+    args = torch.tensor([257, 70]), *inputs
+    got, code = compiled(function, *args)
+    assert library_calls(code) == []
+    for (codes, scales), (wanted, wanted_scales) in zip(got, function(*args), strict=True):
+        assert codes.dtype == torch.int8 and (codes.int() - wanted.int()).abs().max() <= 1  # sums in another order
+        assert_close(scales, wanted_scales, 1e-4)  # of keys less a mean of the same size
+
+
 def test_linear():
     def function(*operands):
         groups = [operands[i : i + 5] for i in range(0, len(operands), 5)]

@@ -6,6 +6,7 @@ from qs_compiler.lowering import collect_fallbacks
 from qs_compiler.ops import pack_int4
 from qs_compiler.ops.formats import FORMATS
 from tests.fake_h100 import cuda_code
+from tests.kernel_text import kernel_sources
 from tests.lowering.compiled import library_calls
 from tests.lowering.interpret import interpret
 from tests.ops.attention_cases import BLOCK, random_qkv
@@ -76,15 +77,29 @@ def test_add_residual_in_every_cache_format(tmp_path):
 
 
 def test_pack_values_is_bit_exact(tmp_path):
-    def function(v, strided):
-        return *quantsparse.pack_values(v), *quantsparse.pack_values(strided)
+    def function(v, strided, kv_len):
+        plain = *quantsparse.pack_values(v), *quantsparse.pack_values(strided)
+        return *plain, *quantsparse.pack_values(v, kv_len)
 
     v = torch.randn(2, 3, 129, 24)
     v[0, 1] = 0
-    args = v, torch.randn(1, 37, 2, 16).to(bf16).transpose(1, 2)
+    args = v, torch.randn(1, 37, 2, 16).to(bf16).transpose(1, 2), torch.tensor([129, 70])
     _, got = generated(function, args, tmp_path)
     for result, wanted in zip(got, function(*args), strict=True):
         assert result.dtype == wanted.dtype and torch.equal(result, wanted)
+
+
+def test_quantize_keys_reads_each_block_in_one_kernel(tmp_path):
+    def function(k, kv_len):
+        return quantsparse.quantize_keys(k, kv_len, BLOCK)
+
+    args = torch.randn(2, 75, 3, 16).to(bf16).transpose(1, 2) + 3, torch.tensor([75, 40])
+    text, (codes, scales) = generated(function, args, tmp_path)
+    # The sum over the tokens with its quotient; the maxima with their scales and codes.
+    assert len(kernel_sources(text)) == 2
+    wanted, wanted_scales = function(*args)
+    assert codes.dtype == torch.int8 and (codes.int() - wanted.int()).abs().max() <= 1  # sums in another order
+    assert_close(scales, wanted_scales)
 
 
 def test_references_on_cuda_are_reported():

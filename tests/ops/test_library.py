@@ -20,6 +20,7 @@ OPS = {
     "linear",
     "low_rank",
     "pack_values",
+    "quantize_keys",
     "quantize_rows",
     "refresh_attention",
     "select_blocks",
@@ -69,9 +70,10 @@ def test_bytes_are_those_of_inputs_and_outputs():
             *(torch.randn(1, 2, 64, 4), torch.randn(1, 2, 4, 16), torch.tensor(1.0)),
         ),
         "low_rank": (o, 4),
-        "pack_values": (v,),
         "fetch": (torch.tensor(0.0), cache.handle, [5, 64], torch.bfloat16),
         "send": (x, cache.handle, None),
+        "pack_values": (v, torch.tensor([70])),
+        "quantize_keys": (k, torch.tensor([70]), BLOCK),
     }
     assert set(cases) == OPS
     for name, args in cases.items():

@@ -41,14 +41,31 @@ def test_a_view_of_all_heads_packs_like_a_copy():
         assert torch.equal(got, wanted)
 
 
+def test_padding_takes_no_part():
+    v, kv_len = torch.randn(2, 3, 70, 16), torch.tensor([70, 33])
+    poisoned = v.clone()
+    poisoned[1, :, 33:] = float("nan")
+    packed, scale = pack_values(poisoned, kv_len)
+    alone, alone_scale = pack_values(v[1:, :, :33])
+    assert torch.equal(scale[1:], alone_scale) and torch.equal(packed[1:, ..., : alone.shape[-1]], alone)
+    assert (packed[1, ..., alone.shape[-1] :] == 0).all()
+    assert torch.equal(packed[:1], pack_values(v[:1])[0])
+
+
 def test_opcheck():
     torch.library.opcheck(pack_values.default, (torch.randn(1, 2, 33, 8),))
+    torch.library.opcheck(pack_values.default, (torch.randn(2, 2, 33, 8), torch.tensor([33, 5])))
 
 
 @pytest.mark.parametrize(
-    ("v", "text"),
-    ((torch.randn(2, 3, 4), "v has shape"), (torch.zeros(1, 1, 16, 8, dtype=torch.int8), "v is int8")),
+    ("args", "text"),
+    (
+        ((torch.randn(2, 3, 4),), "v has shape"),
+        ((torch.zeros(1, 1, 16, 8, dtype=torch.int8),), "v is int8"),
+        ((torch.randn(1, 1, 16, 8), torch.tensor([1, 2])), "kv_len has shape"),
+        ((torch.randn(1, 1, 16, 8), torch.tensor([1.0])), "kv_len is float32"),
+    ),
 )
-def test_bad_input(v, text):
+def test_bad_input(args, text):
     with pytest.raises(OpInputError, match=text):
-        pack_values(v)
+        pack_values(*args)

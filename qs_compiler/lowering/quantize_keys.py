@@ -1,0 +1,85 @@
+"""Lower quantsparse::quantize_keys to Inductor IR: a sum over the tokens, then each block's maximum and codes in one
+kernel, which reads a block that it has just read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._compat import L, divide_to_nearest, ir, ops, register_lowering
+from ..ops.formats import FORMATS, TINY_AMAX
+from .block_scores import blocks_of, key_length
+from .decode import f32
+
+OP = torch.ops.quantsparse.quantize_keys.default
+INT8 = FORMATS["int8"]
+
+
+@register_lowering(OP, type_promotion_kind=None)
+def lower_quantize_keys(k, kv_len, block_size):
+    device = k.get_device()
+    batch, heads, tokens, depth = k.get_size()
+    blocks = blocks_of(tokens, block_size)
+    k.realize()  # read three times
+    load, length = k.make_loader(), key_length(kv_len, tokens)
+
+    def key(b, h, token, d, shift=None):
+        """k[b, h, token, d], less what `shift` gives; 0 where the token does not count."""
+        valid = ops.lt(ops.index_expr(token, torch.int64), length(b))
+
+        def value():
+            x = ops.to_dtype(load([b, h, token, d]), f32)
+            return x if shift is None else ops.sub(x, shift([b, h, d]))
+
+        return ops.masked(valid, value, 0.0)
+
+    def reduce(kind, inner, ranges, reduction_ranges):
+        result = ir.Reduction.create(
+            device=device, dst_dtype=f32, src_dtype=f32, inner_fn=inner, ranges=ranges,
+            reduction_ranges=reduction_ranges, reduction_type=kind,
+        )  # fmt: skip
+        result.realize()
+        return result
+
+    def pointwise(dtype, inner, ranges):
+        result = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=inner, ranges=ranges)
+        result.realize()
+        return result
+
+    def sum_of(index, token):
+        b, h, d = index
+        return key(b, h, token[0], d)
+
+    load_sum = reduce("sum", sum_of, [batch, heads, depth], [tokens]).make_loader()
+
+    def mean(index):
+        count = ops.maximum(length(index[0]), ops.constant(1, torch.int64))
+        return divide_to_nearest(load_sum(index), ops.to_dtype(count, f32))
+
+    load_mean = pointwise(f32, mean, [batch, heads, depth]).make_loader()
+
+    def magnitude(index, inside):
+        b, h, block = index
+        return ops.abs(key(b, h, block * block_size + inside[0], inside[1], load_mean))
+
+    peak = reduce("max", magnitude, [batch, heads, blocks], [block_size, depth])
+    load_peak = peak.make_loader()
+
+    def amax(index):
+        return ops.maximum(load_peak(index), ops.constant(TINY_AMAX, f32))
+
+    def scale(index):
+        return divide_to_nearest(amax(index), ops.constant(INT8.qmax, f32))
+
+    def code(index):
+        b, h, block, row, d = index
+        centred = key(b, h, block * block_size + row, d, load_mean)
+        scaled = ops.mul(centred, divide_to_nearest(ops.constant(INT8.qmax, f32), amax([b, h, block])))
+        return ops.to_dtype(ops.round(scaled), INT8.dtype)
+
+    # Whole blocks in memory: over the tokens alone, the codes would not share a loop with the maxima.
+    codes = L.view(
+        pointwise(INT8.dtype, code, [batch, heads, blocks, block_size, depth]),
+        [batch, heads, blocks * block_size, depth],
+    )
+    return L.slice_(codes, 2, 0, tokens), pointwise(f32, scale, peak.get_size())

@@ -1,0 +1,68 @@
+"""quantsparse::quantize_keys: int8 keys of an attention, less their mean, with one scale a block.
+
+    k' = k - mean_t(k)        k_scale = max|k'| / 127 over a block's tokens and channels        kq = round(k' / k_scale)
+
+A vector that all keys share adds one number to all scores of a query, which no softmax sees. Real keys have such a
+bias, in few channels and large: without it the codes are spent on what differs between keys. The log-sum-exp of the
+scores moves by that number, in every subset of the keys alike.
+
+k (B, Hkv, T, D) float; kv_len (B,) or None: how many leading keys count, the others take no part in means and scales
+and get zeros. Returns kq (B, Hkv, T, D) int8 and k_scale (B, Hkv, nK) float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .attention_inputs import blocks_of, key_lengths, require_block_size, require_kv_len
+from .formats import FORMATS, TINY_AMAX
+from .library import FLOAT_DTYPES, OpCost, define_op, itemsize, require_dtype, require_shape, symbols
+
+NAME = "quantize_keys"
+INT8 = FORMATS["int8"]
+B, H, T, D, nK, b_k, b_len = symbols("B Hkv T D nK b_k b_len")
+
+
+def check(k, kv_len, block_size):
+    require_shape(NAME, "k", k, (None, None, None, None))
+    require_dtype(NAME, "k", k.dtype, FLOAT_DTYPES)
+    require_block_size(NAME, block_size)
+    require_kv_len(NAME, kv_len, k.shape[0])
+
+
+def reference(k, kv_len, block_size):
+    batch, heads, tokens, _ = k.shape
+    lengths = key_lengths(kv_len, k)
+    padding = (torch.arange(tokens, device=k.device) >= lengths[:, None])[:, None, :, None]
+    k = k.float().masked_fill(padding, 0)
+    mean = k.sum(2, keepdim=True) / lengths.clamp(min=1)[:, None, None, None]
+    k = (k - mean).masked_fill(padding, 0)
+    blocks = blocks_of(tokens, block_size)
+    k = torch.nn.functional.pad(k, (0, 0, 0, blocks * block_size - tokens)).unflatten(2, (blocks, block_size))
+    amax = k.abs().amax((-2, -1)).clamp(min=TINY_AMAX) if k.numel() else k.new_zeros((batch, heads, blocks))
+    qmax = amax.new_full((), INT8.qmax)  # as a tensor: a quotient with a Python number is a product with a reciprocal
+    codes = INT8.encode(k * (qmax / amax)[..., None, None])
+    return codes.flatten(2, 3)[:, :, :tokens].contiguous(), amax / qmax
+
+
+def fake(k, kv_len, block_size):
+    batch, heads, tokens, _ = k.shape
+    return (
+        k.new_empty(k.shape, dtype=INT8.dtype),
+        k.new_empty((batch, heads, blocks_of(tokens, block_size)), dtype=torch.float32),
+    )
+
+
+def bind(k, kv_len, block_size):
+    batch, heads, tokens, depth = k.shape
+    blocks = blocks_of(tokens, block_size)
+    return {B: batch, H: heads, T: tokens, D: depth, nK: blocks, b_k: itemsize(k), b_len: itemsize(kv_len)}
+
+
+define_op(
+    "quantize_keys(Tensor k, Tensor? kv_len, int block_size) -> (Tensor kq, Tensor k_scale)",
+    check=check,
+    reference=reference,
+    fake=fake,
+    cost=OpCost(flops=0 * B, bytes=B * H * (T * D * (b_k + 1) + 4 * nK) + B * b_len, bind=bind),
+)

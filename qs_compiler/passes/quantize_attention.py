@@ -1,0 +1,113 @@
+"""Give attention 8-bit operands, and run dense self-attentions on our kernel where it wins.
+
+Before:  sparse = torch.ops.quantsparse.sparse_attention.default(q, k, v, None, None, None, ...)
+
+After:   q8 = torch.ops.quantsparse.quantize_rows.default(q, None, None, 'int8')       # a scale per token
+         k8 = torch.ops.quantsparse.quantize_keys.default(k, kv_len, 128)              # k - mean(k), a scale per block
+         v8 = torch.ops.quantsparse.pack_values.default(v, kv_len)                     # 'int8-fp8' only
+         sparse = torch.ops.quantsparse.sparse_attention.default(q8[0], k8[0], v8[0], q8[1], k8[1], v8[1], ...)
+
+refresh_attention alike: both phases of a site see the same operands, so a residual belongs to the sparse step's own
+arithmetic. Block scores go on reading q and k as they are.
+
+Before:  o = torch.ops.aten.scaled_dot_product_attention.default(q, k, v, mask)
+
+After:   o = torch.ops.quantsparse.sparse_attention.default(..., every key block listed, kv_len, ...)[0]
+
+on CUDA, for long self-attentions whose operands are 8-bit or whose mask hides padding: a library that takes a mask
+computes what the mask hides.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from .. import _compat
+from ..ops.attention_inputs import blocks_of
+from .base import GraphPass, PassContext, PassResult, splice
+from .quantize_linear import _call
+from .sparsify_attention import _scale, why_not_ours
+
+aten, qs = torch.ops.aten, torch.ops.quantsparse
+# From here on our kernel at density 1 beats the library, prologue included (benchmarks/results/attention.json).
+LEAST_TOKENS = 8192
+LARGEST_HEAD = 128
+LIBRARY_DEVICES = ("cpu",)  # whose dense attention is better left to a library
+
+
+class QuantizeAttention(GraphPass):
+    """Quantise q, k and v of the attentions that run on our kernels, and put long dense ones there."""
+
+    name = "quantize_attention"
+    after = ("sparsify_attention",)
+
+    def run(self, graph: fx.Graph, context: PassContext) -> PassResult:
+        result = PassResult()
+        quantised = context.recipe.attention != "16bit"
+        for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+            reason = why_not(node, context)
+            if reason is None:
+                self.replace_dense(graph, node, context)
+                result.matched += not quantised
+            elif quantised:
+                result.skip(node, reason)
+        if quantised:
+            for target in (qs.sparse_attention.default, qs.refresh_attention.default):
+                for node in graph.find_nodes(op="call_function", target=target):
+                    self.quantize(graph, node, context)
+                    result.matched += 1
+        return result
+
+    def replace_dense(self, graph: fx.Graph, node: fx.Node, context: PassContext) -> None:
+        """The same attention over a list of all key blocks."""
+        q, k, v = node.args[:3]
+        lists = splice(graph, node, _every_block, q, context.recipe.block_size)
+        with graph.inserting_before(node):
+            both = _call(
+                graph, node, qs.sparse_attention.default, q, k, v, None, None, None, *lists, node.meta.get("kv_len"),
+                None, None, _scale(node), context.recipe.block_size, node.meta["val"].dtype,
+            )  # fmt: skip
+            new = _call(graph, node, operator.getitem, both, 0)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+    def quantize(self, graph: fx.Graph, node: fx.Node, context: PassContext) -> None:
+        """Codes and scales in the place of q, k and v."""
+        q, k, v = node.args[:3]
+        kv_len = node.args[8]
+        operands = (
+            splice(graph, node, qs.quantize_rows.default, q, None, None, "int8"),
+            splice(graph, node, qs.quantize_keys.default, k, kv_len, context.recipe.block_size),
+            splice(graph, node, qs.pack_values.default, v, kv_len)
+            if context.recipe.attention == "int8-fp8"
+            else (v, None),
+        )
+        codes, scales = zip(*operands, strict=True)
+        node.args = (*codes, *scales, *node.args[6:])
+
+
+def why_not(node: fx.Node, context: PassContext) -> str | None:
+    """Why a dense attention stays the library's, or None."""
+    q = node.args[0].meta["val"]
+    if (reason := why_not_ours(node)) is not None:
+        return reason
+    if q.device.type in LIBRARY_DEVICES:
+        return f"dense attention on {q.device.type} is the library's"
+    if (tokens := _compat.static_hint(q.shape[2])) < LEAST_TOKENS:
+        return f"dense attention of {tokens} tokens, fewer than {LEAST_TOKENS}, is the library's"
+    if q.shape[3] > LARGEST_HEAD:
+        return f"dense attention of head width {q.shape[3]} is the library's"
+    if context.recipe.attention == "16bit" and "kv_len" not in node.meta:
+        return "dense attention of 16-bit operands is the library's"
+    return None
+
+
+def _every_block(q: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block lists that keep all blocks of a self-attention, for every batch element and head."""
+    blocks = blocks_of(q.shape[2], block_size)
+    number = torch.full((1, 1, blocks), blocks, dtype=torch.int32, device=q.device)
+    indices = torch.arange(blocks, dtype=torch.int32, device=q.device)
+    return number, indices.expand(1, 1, blocks, blocks)

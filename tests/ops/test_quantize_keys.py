@@ -1,0 +1,82 @@
+"""quantsparse::quantize_keys: what is subtracted, whose scale a code has, and that attention does not see the shift."""
+
+import pytest
+import torch
+
+from qs_compiler.ops.attention_inputs import token_scale
+from qs_compiler.ops.library import OpInputError
+from tests.tolerances import assert_close
+
+quantize_keys = torch.ops.quantsparse.quantize_keys
+BLOCK = 32
+
+
+def keys(batch=1, heads=2, tokens=80, depth=16):
+    """With a bias and an outlier channel, as real ones have."""
+    k = torch.randn(batch, heads, tokens, depth) + 5 * torch.randn(1, heads, 1, depth)
+    k[..., 3] *= 8
+    return k
+
+
+def restored(codes, scale, tokens):
+    return codes.float() * token_scale(scale, tokens, BLOCK)[..., None]
+
+
+@pytest.mark.parametrize("tokens", (1, 31, 32, 33, 80))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_codes_are_the_keys_less_their_mean(tokens, dtype):
+    k = keys(batch=2, tokens=tokens).to(dtype)
+    codes, scale = quantize_keys(k, None, BLOCK)
+    assert codes.dtype == torch.int8 and codes.shape == k.shape and scale.shape == (2, 2, -(-tokens // BLOCK))
+    centred = k.float() - k.float().mean(2, keepdim=True)
+    step = token_scale(scale, tokens, BLOCK)[..., None]
+    assert ((restored(codes, scale, tokens) - centred).abs() <= 0.501 * step).all()
+    for block, largest in zip(centred.split(BLOCK, 2), scale.unbind(2), strict=True):
+        assert_close(largest, block.abs().amax((-2, -1)) / 127)
+
+
+def test_what_all_keys_share_costs_nothing():
+    k = keys()
+    for got, wanted in zip(
+        quantize_keys(k + 1000 * torch.randn(1, 2, 1, 16), None, BLOCK), quantize_keys(k, None, BLOCK), strict=True
+    ):
+        assert_close(got.float(), wanted.float(), 1e-2)  # float32 keys of size 1000 hold 4 digits of what is left
+
+
+def test_padding_takes_no_part():
+    k, kv_len = keys(batch=3), torch.tensor([80, 50, 0])
+    poisoned = k.clone()
+    poisoned[1, :, 50:] = float("nan")
+    poisoned[2] = float("inf")
+    codes, scale = quantize_keys(poisoned, kv_len, BLOCK)
+    alone, alone_scale = quantize_keys(k[1:2, :, :50], None, BLOCK)
+    assert torch.equal(codes[1:2, :, :50], alone) and torch.equal(scale[1:2, :, :2], alone_scale)
+    assert (codes[1, :, 50:] == 0).all() and (codes[2] == 0).all() and torch.isfinite(scale).all()
+    assert torch.equal(codes[0], quantize_keys(k[:1], None, BLOCK)[0][0])
+
+
+def test_equal_keys_and_empty_shapes():
+    codes, scale = quantize_keys(torch.full((1, 1, 40, 8), 3.0), None, BLOCK)
+    assert (codes == 0).all() and (scale > 0).all()
+    codes, scale = quantize_keys(torch.empty(0, 2, 40, 8), None, BLOCK)
+    assert codes.shape == (0, 2, 40, 8) and scale.shape == (0, 2, 2)
+
+
+def test_opcheck():
+    torch.library.opcheck(quantize_keys.default, (keys(), None, BLOCK))
+    torch.library.opcheck(quantize_keys.default, (keys(batch=2), torch.tensor([80, 7]), BLOCK))
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    (
+        ((torch.randn(2, 3, 4), None, BLOCK), "k has shape"),
+        ((torch.zeros(1, 1, 16, 8, dtype=torch.int8), None, BLOCK), "k is int8"),
+        ((keys(), None, 0), "block_size is 0"),
+        ((keys(), torch.tensor([1, 2]), BLOCK), "kv_len has shape"),
+        ((keys(), torch.tensor([1.0]), BLOCK), "kv_len is float32"),
+    ),
+)
+def test_bad_input(args, text):
+    with pytest.raises(OpInputError, match=text):
+        quantize_keys(*args)

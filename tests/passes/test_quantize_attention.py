@@ -1,0 +1,120 @@
+"""quantize_attention: 8-bit operands of sparse and refresh attention, and dense attention on our kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qs_compiler
+from qs_compiler.passes import Phase, quantize_attention
+from qs_compiler.passes.quantize_attention import QuantizeAttention
+from qs_compiler.passes.sparsify_attention import SparsifyAttention
+from qs_compiler.passes.trim_padding_mask import TrimPaddingMask
+from tests.backend.models import RECIPE as MODEL_RECIPE
+from tests.backend.models import clip, make
+from tests.passes.conftest import targets
+from tests.passes.test_sparsify_attention import RECIPE, Attention, Masked, X
+
+quantsparse = torch.ops.quantsparse
+# Of the model's output. Its scores reach 10 by design, and int8 codes hold them to 1/250 of that: weights are off by up to
+# 4 %. float8 weights and values add 1/16 each at most, of either sign.
+RELATIVE_ATTENTION_ERROR = {"int8": 0.04, "int8-fp8": 0.06}
+
+
+def run(context, phase: Phase, module=None, args=(X,), **recipe: object):
+    ctx = context(module or Attention(), args, recipe={**RECIPE, "correction": "none", **recipe}, phase=phase)
+    graph = ctx.capture.module.graph
+    for one in (TrimPaddingMask(), SparsifyAttention()):
+        one.run(graph, ctx)
+    result = QuantizeAttention().run(graph, ctx)
+    graph.lint()
+    return targets(graph), result, ctx
+
+
+@pytest.fixture
+def on_any_device(monkeypatch):
+    """Take dense attentions here too, of any length."""
+    monkeypatch.setattr(quantize_attention, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(quantize_attention, "LIBRARY_DEVICES", ())
+
+
+@pytest.mark.parametrize("phase", (Phase.REFRESH, Phase.SPARSE))
+@pytest.mark.parametrize("attention", ("int8", "int8-fp8"))
+def test_both_phases_of_a_site_get_the_same_operands(context, phase, attention) -> None:
+    ops, result, ctx = run(context, phase, attention=attention)
+    assert result.matched == 1
+    for op in ("quantize_rows", "quantize_keys"):
+        assert ops.count(f"quantsparse.{op}.default") == 1
+    assert ops.count("quantsparse.pack_values.default") == (attention == "int8-fp8")
+    target = quantsparse.sparse_attention if phase is Phase.SPARSE else quantsparse.refresh_attention
+    (node,) = ctx.capture.module.graph.find_nodes(op="call_function", target=target.default)
+    dtypes = [x.meta["val"].dtype for x in node.args[:3]]
+    assert dtypes[:2] == [torch.int8] * 2
+    assert dtypes[2] == (torch.uint8 if attention == "int8-fp8" else torch.float32)
+    assert [s is None for s in node.args[3:6]] == [False, False, attention == "int8"]
+
+
+def test_block_scores_read_what_was_there(context) -> None:
+    _, _, ctx = run(context, Phase.REFRESH, attention="int8-fp8")
+    (node,) = ctx.capture.module.graph.find_nodes(op="call_function", target=quantsparse.block_scores.default)
+    assert all(x.meta["val"].dtype == torch.float32 for x in node.args[:2])
+
+
+def test_16_bit_leaves_everything(context) -> None:
+    for phase in Phase:
+        ops, result, _ = run(context, phase)
+        assert not any(op in str(ops) for op in ("quantize_keys", "pack_values")) and result.matched == 0
+
+
+def test_a_dense_attention_lists_every_block(context, on_any_device) -> None:
+    ops, result, ctx = run(context, Phase.DENSE, attention="int8-fp8")
+    assert result.matched == 1 and "aten.scaled_dot_product_attention.default" not in ops
+    graph = ctx.capture.module.graph
+    (node,) = graph.find_nodes(op="call_function", target=quantsparse.sparse_attention.default)
+    blocks = -(-X.shape[1] // RECIPE["block_size"])
+    assert node.args[7].meta["val"].shape == (1, 1, blocks, blocks)
+
+
+def test_padding_is_not_computed_by_a_dense_attention(context, on_any_device) -> None:
+    ops, result, ctx = run(context, Phase.DENSE, Masked("less"), (X, torch.tensor([200])))
+    assert "aten.scaled_dot_product_attention.default" not in ops
+    assert result.matched == 1, "16-bit operands too, since the library would compute what the mask hides"
+    (node,) = ctx.capture.module.graph.find_nodes(op="call_function", target=quantsparse.sparse_attention.default)
+    assert node.args[8] is not None and node.args[3:6] == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("sdpa", "reason"),
+    (({"is_causal": True}, "causal attention"), ({}, "dense attention on cpu is the library's")),
+)
+def test_what_stays_the_librarys_is_said(context, sdpa, reason) -> None:
+    ops, result, _ = run(context, Phase.DENSE, Attention(**sdpa), attention="int8")
+    assert result.matched == 0 and "aten.scaled_dot_product_attention.default" in ops
+    assert [r for _, r in result.skipped] == [reason]
+
+
+@pytest.mark.parametrize("attention", ("int8", "int8-fp8"))
+def test_compiled_phases_stay_near_16_bit(attention, on_any_device) -> None:
+    """Over a run of a small model: dense, refresh and sparse steps, each near the same step with 16-bit operands."""
+    inputs = clip(0, 6)
+    runs = {}
+    for name in ("16bit", attention):
+        torch._dynamo.reset()
+        model = make()
+        recipe = {**MODEL_RECIPE, "format": "off", "warmup": 0.3, "attention": name}
+        fast = torch.compile(model, backend="quantsparse", options={"recipe": recipe})
+        with torch.no_grad(), qs_compiler.denoising(model, len(inputs)) as steps:
+            outputs = []
+            for i, step in enumerate(inputs):
+                steps.step(i)
+                outputs.append(fast(**step))
+        assert qs_compiler.reports()[-1].calls == {"dense": 2, "refresh": 1, "sparse": 3}
+        runs[name] = outputs
+    for found, wanted in zip(runs[attention], runs["16bit"], strict=True):
+        error = (found - wanted).norm() / wanted.norm()
+        assert 0 < error < RELATIVE_ATTENTION_ERROR[attention]
+
+
+def test_operands_that_move_a_cached_log_sum_exp_are_refused() -> None:
+    with pytest.raises(qs_compiler.QuantSparseError, match="use attention='16bit', or another correction"):
+        qs_compiler.Recipe.parse({"density": 0.25, "attention": "int8", "correction": "complement"})
