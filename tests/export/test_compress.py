@@ -313,6 +313,7 @@ def test_a_pass_of_the_users_takes_part(wan_program: ExportedProgram, tmp_path: 
         "trim_padding_mask": 0,
         "quantize_linear": 20,
         "sparsify_attention": 0,
+        "quantize_attention": 0,
         "reparameterize_residual": 0,
         "stage_caches": 0,
         "outline_repeated_blocks": 0,

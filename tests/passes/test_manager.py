@@ -20,6 +20,7 @@ BUILT_IN = [
     "trim_padding_mask",
     "quantize_linear",
     "sparsify_attention",
+    "quantize_attention",
     "reparameterize_residual",
     "stage_caches",
     "outline_repeated_blocks",
@@ -43,7 +44,7 @@ def test_the_order_of_the_built_in_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "position"), [({}, 5), ({"after": "quantize_linear", "before": "sparsify_attention"}, 2)]
+    ("where", "position"), [({}, 6), ({"after": "quantize_linear", "before": "sparsify_attention"}, 2)]
 )
 def test_a_function_takes_its_place_and_leaves(where: dict, position: int) -> None:
     with qs.register_pass(noop, **where) if not where else qs.register_pass(**where)(noop) as handle:
