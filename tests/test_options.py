@@ -142,7 +142,7 @@ WRONG_RECIPES: list[tuple[Any, str]] = [
     (["w8a8"], "a recipe is a name, a dict or a Recipe, not list"),
     (None, "a recipe is a name, a dict or a Recipe, not NoneType"),
     ({"formt": "w8a8"}, "'formt' is not a field of a recipe; did you mean 'format'? Choose from: attention, block_size, cache_"),
-    ({1: "w8a8"}, "'1' is not a field of a recipe. Choose from: block_size"),
+    ({1: "w8a8"}, "'1' is not a field of a recipe. Choose from: attention"),
     ({"format": "w8a8-d25"}, f"format 'w8a8-d25' is not known; did you mean 'w8a8'? Choose from: {FORMAT_LIST}."),
     ({"format": None}, "format None is not known. Choose from"),
     ({"format": ["w8a8"]}, "format ['w8a8'] is not known. Choose from"),
