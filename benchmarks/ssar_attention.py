@@ -1,0 +1,198 @@
+"""Sparse attention with reuse between denoising steps, by the plain formulas: for sweeps over methods.
+
+Independent of the graph passes and much faster than their references on a GPU, where the kept blocks are gathered and
+go through flash attention. A row of benchmarks/ssar.py says what a `Method` does in each step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What runs in each step.
+
+    Attributes:
+        phases: one letter a step: d dense, r refresh, s sparse, p dense just before a refresh ("adjacent" alone); one
+            string for all layers, or one a layer.
+        correction: "none", "first_order", "second_order", "adjacent" (second order, D_prev of the step before the
+            refresh), "complement", or "mixture".
+        gain: of the extrapolation, as in a Recipe; of a mixture: a number, or "fitted".
+        mask: "pooled", "mass" (of the refresh before; pooled at the first), or "exact" (of the refresh itself, which an
+            extra sparse pass after the refresh allows).
+        frozen: a video keeps the mask of its first refresh.
+        cache: storage of the first-order term: "bf16", "fp8", "int8", "int4" or "rankN".
+        rank: of the second-order term; None for all.
+    """
+
+    phases: tuple[str, ...]
+    density: float = 0.25
+    correction: str = "first_order"
+    gain: Any = "0"
+    mask: str = "pooled"
+    frozen: bool = False
+    cache: str = "bf16"
+    rank: int | None = 16
+
+
+class Reuse(TorchFunctionMode):
+    """While open, self-attentions over `tokens` tokens run by `method`; `announce` must hear of each forward.
+
+    Args:
+        gains: layer -> (H,), of a fitted mixture.
+    """
+
+    def __init__(self, method: Method, tokens: int, gains: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self.method, self.tokens, self.gains = method, tokens, gains
+        self.state: dict[tuple[str, int], dict[str, Any]] = {}
+        self.step, self.branch, self.layer = 0, "", 0
+
+    def announce(self, step: int, branch: str) -> None:
+        """The next forward computes `branch` of `step`."""
+        self.step, self.branch, self.layer = step, branch, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        q, k, v = names["query"], names["key"], names["value"]
+        if not q.shape[2] == k.shape[2] == self.tokens:
+            return func(*args, **kwargs)
+        layer, self.layer = self.layer, self.layer + 1
+        phases = self.method.phases
+        phase = phases[layer % len(phases)][self.step]
+        state = self.state.setdefault((self.branch, layer), {})
+        if phase == "d" or (phase == "p" and not state):
+            return func(*args, **kwargs)
+        run = {"r": self.refresh, "s": self.sparse, "p": self.look}[phase]
+        return run(state, layer, q, k, v, q.shape[-1] ** -0.5).to(q.dtype)
+
+    def look(self, state: dict[str, Any], layer: int, q: Any, k: Any, v: Any, scale: float) -> torch.Tensor:
+        """A dense step that keeps D for the refresh after it."""
+        dense, _ = flash(q, k, v, scale)
+        state["before"] = dense - attend(q, k, v, state["blocks"], scale)[0]
+        return dense
+
+    def refresh(self, state: dict[str, Any], layer: int, q: Any, k: Any, v: Any, scale: float) -> torch.Tensor:
+        method = self.method
+        dense, lse = flash(q, k, v, scale)
+        if not (method.frozen and "blocks" in state):
+            mass = None if method.mask == "pooled" else block_mass(q, k, scale)
+            scores = state.get("mass") if method.mask == "mass" else mass
+            state["blocks"] = select(pooled_scores(q, k, scale) if scores is None else scores, method.density)
+            state["mass"] = mass
+        if method.correction == "none":
+            return dense
+        kept, lse_kept = attend(q, k, v, state["blocks"], scale)
+        dropped = (1 - torch.exp(lse_kept - lse)).clamp_min(1e-6)[..., None]
+        state["previous"] = {name: state.get(name) for name in ("residual", "o", "lse")}
+        residual = dense - kept
+        if method.correction == "complement":
+            state["o"] = store((dense - (1 - dropped) * kept) / dropped, method.cache)
+            state["lse"] = lse + torch.log(dropped[..., 0])
+        follows = 0
+        if method.correction == "mixture":
+            fitted = method.gain == "fitted"
+            gain = self.gains[layer].to(q.device).view(-1, 1, 1) if fitted else float(method.gain)
+            follows = gain * dropped
+        state["weight"] = 1 - follows
+        state["residual"] = store(residual + follows * kept, method.cache)
+        before = state.get("before") if method.correction == "adjacent" else state["previous"]["residual"]
+        if before is not None and method.correction in ("second_order", "adjacent"):
+            change = state["residual"] - before
+            state["change"] = change if method.rank is None else low_rank(change, method.rank)
+        state["tau"], state["step"] = self.step - state.get("step", self.step), self.step
+        return dense
+
+    def sparse(self, state: dict[str, Any], layer: int, q: Any, k: Any, v: Any, scale: float) -> torch.Tensor:
+        method = self.method
+        o, lse = attend(q, k, v, state["blocks"], scale)
+        if method.correction == "none":
+            return o
+        lag = self.step - state["step"]
+        gain = extrapolation(method.gain, lag, state["tau"]) if state["tau"] else 0.0
+        if method.correction == "complement":
+            previous = state["previous"]
+            state_o, state_lse = state["o"], state["lse"]
+            if gain:
+                state_o = state_o + gain * (state_o - previous["o"])
+                state_lse = state_lse + gain * (state_lse - previous["lse"])
+            share = torch.sigmoid(lse - state_lse)[..., None]
+            return share * o + (1 - share) * state_o
+        y = state["weight"] * o + state["residual"]
+        return y + gain * state["change"] if gain and "change" in state else y
+
+
+def extrapolation(gain: Any, lag: int, tau: int) -> float:
+    """f(k) of the terms that extrapolate; 0 for a mixture's gains."""
+    shares = {"1": 1.0, "k/tau": lag / tau, "clipped": min(lag / tau, 0.5)}
+    return shares.get(gain, 0.0) if isinstance(gain, str) else 0.0
+
+
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in float32 (from bf16 products on a GPU) and its log-sum-exp."""
+    if q.is_cuda:
+        o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+        return o.float(), lse
+    logits = q.float() @ k.float().mT * scale
+    return torch.softmax(logits, -1) @ v.float(), torch.logsumexp(logits, -1)
+
+
+def attend(q: Any, k: Any, v: Any, blocks: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same over the listed key blocks (B, H, nQ, kept) of each query block."""
+    batch, heads, tokens, depth = q.shape
+    count, kept = blocks.shape[2:]
+    place = (torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1) * count + blocks).flatten()
+    gathered = [x.reshape(-1, BLOCK * depth)[place].view(-1, 1, kept * BLOCK, depth) for x in (k, v)]
+    o, lse = flash(q.reshape(-1, 1, BLOCK, depth), *gathered, scale)
+    return o.reshape(q.shape), lse.reshape(batch, heads, tokens)
+
+
+def pooled_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """What the package's block_scores computes."""
+    return torch.ops.quantsparse.block_scores.default(q, k, None, scale, BLOCK)
+
+
+def block_mass(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Softmax mass of each key block, mean over the rows of each query block: (B, H, nQ, nK)."""
+    shares = []
+    for clip in range(len(q)):
+        weights = torch.softmax(q[clip].float() @ k[clip].float().mT * scale, -1)
+        shares.append(weights.unflatten(-1, (-1, BLOCK)).sum(-1).unflatten(1, (-1, BLOCK)).mean(2))
+    return torch.stack(shares)
+
+
+def select(scores: torch.Tensor, density: float) -> torch.Tensor:
+    """Indices of the kept blocks, the diagonal among them."""
+    count = scores.shape[-1]
+    own = torch.eye(count, dtype=torch.bool, device=scores.device)
+    order = scores.masked_fill(own, float("inf")).argsort(dim=-1, descending=True, stable=True)
+    return order[..., : max(1, round(density * count))].sort(-1).values
+
+
+def store(x: torch.Tensor, cache: str) -> torch.Tensor:
+    """x as it comes back from a cache."""
+    if cache == "bf16":
+        return x.to(torch.bfloat16).float()
+    if cache.startswith("rank"):
+        return low_rank(x, int(cache[4:]))
+    top = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}[cache]
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / top
+    codes = (x / scale).to(torch.float8_e4m3fn).float() if cache == "fp8" else (x / scale).round()
+    return codes * scale
+
+
+def low_rank(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """The best approximation of each head by so many factors."""
+    basis = torch.linalg.eigh(x.mT @ x).eigenvectors[..., -rank:]
+    return x @ basis @ basis.mT
