@@ -73,7 +73,7 @@ def main() -> None:
             model = torch.compile(transformer, backend="quantsparse", options={"recipe": recipe})
             clips, seconds = generate(model, text, captions, args, announce=transformer)
             report = qs.reports()[-1]
-            schedule = Schedule(recipe.interval, recipe.warmup)
+            schedule = Schedule.of(recipe)
             rows.append(
                 {
                     "recipe": name,

@@ -172,7 +172,7 @@ def main() -> None:
             clock = Clock(model, fast, inputs)
             counts = {"dense": args.steps}
             if recipe.density < 1:
-                counts = Schedule(recipe.interval, recipe.warmup).counts(args.steps)
+                counts = Schedule.of(recipe).counts(args.steps)
             phases = clock.phases(recipe, args.repeats) if recipe.density < 1 else clock.dense(args.repeats + 1)
             total = sum(calls * count * phases[phase] for phase, count in counts.items()) / 1e3
             report = qs.reports()[-1]

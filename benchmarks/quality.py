@@ -237,7 +237,7 @@ def summarize(clips: list[dict[str, Any]]) -> dict[str, Any]:
 def new_row(row: Row, bench: Bench) -> dict[str, Any]:
     """What is known of a row before its first clip."""
     steps = bench.setting(row.grid).num_steps
-    schedule = Schedule(row.recipe.interval, row.recipe.warmup)
+    schedule = Schedule.of(row.recipe)
     return {
         "name": row.name,
         "recipe": row.recipe.to_dict(),

@@ -7,6 +7,7 @@ compile goes about it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import OptionError, RecipeError, nearest
+from .runtime.schedule import DEFAULT_INTERVAL
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -68,8 +70,9 @@ class Recipe:
         rank: rank of the second-order term (the paper: 16).
         cache_format: storage of the residuals, hence part of the numerics: `bf16`; `fp8`, `int8` or `int4` with a scale
             a token; or the best factors of rank 16 or 32.
-        interval: a refresh every n-th step.
+        interval: a refresh every n-th step; the default of 5 counts as 2 in runs of up to 8 steps.
         warmup: fraction of the first steps that runs dense.
+        refresh_steps: instead of both, the steps that refresh, ascending; those before the first run dense.
         keep: name patterns (fnmatch) of layers that stay in 16 bit.
         overrides: name pattern -> {"format": ..., "density": ...}; later patterns win, `keep` wins over all.
         group_size: weights that share one int4 multiplier.
@@ -87,8 +90,9 @@ class Recipe:
     gain: Literal["0", "1", "k/tau", "clipped"] = "k/tau"
     rank: int = 16
     cache_format: Literal["bf16", "fp8", "int8", "int4", "rank16", "rank32"] = "bf16"
-    interval: int = 5
+    interval: int = DEFAULT_INTERVAL
     warmup: float = 0.1
+    refresh_steps: tuple[int, ...] = ()
     keep: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     group_size: int = 128
@@ -109,6 +113,7 @@ class Recipe:
         _one_of("cache_format", self.cache_format, CACHE_FORMATS)
         _integer("interval", self.interval, 1)
         _number("warmup", self.warmup, "from 0 to 1, a fraction of the steps", lambda v: 0 <= v <= 1)
+        _steps("refresh_steps", self.refresh_steps)
         _one_of("group_size", self.group_size, (32, 64, 128, 256))
         if isinstance(self.keep, str) or not isinstance(self.keep, Iterable):
             raise RecipeError(f"keep must be a sequence of name patterns, not {self.keep!r}; write keep=['*.to_q'].")
@@ -125,6 +130,7 @@ class Recipe:
         set_field = object.__setattr__  # the normal forms of what is valid
         set_field(self, "density", float(self.density))
         set_field(self, "warmup", float(self.warmup))
+        set_field(self, "refresh_steps", tuple(self.refresh_steps))
         set_field(self, "keep", tuple(self.keep))
         set_field(self, "overrides", {pattern: dict(fields) for pattern, fields in self.overrides.items()})
 
@@ -194,7 +200,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
-        return {**dataclasses.asdict(self), "keep": list(self.keep)}
+        lists = {"keep": list(self.keep), "refresh_steps": list(self.refresh_steps)}
+        return {**dataclasses.asdict(self), **lists}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
@@ -327,6 +334,12 @@ def _known(given: Iterable[Any], names: Iterable[str], what: str, error: type[Op
         if name not in names:
             hint = nearest(name, names) if isinstance(name, str) else "."
             raise error(f"'{name}' is not {what}{hint} Choose from: {', '.join(sorted(names))}.")
+
+
+def _steps(name: str, value: Any) -> None:
+    valid = isinstance(value, (tuple, list)) and all(type(s) is int and s >= 0 for s in value)
+    if not valid or any(a >= b for a, b in itertools.pairwise(value)):
+        raise RecipeError(f"{name} must be ascending numbers of steps, not {value!r}; write {name}=[2, 7, 12].")
 
 
 def _one_of(name: str, value: Any, choices: tuple[Any, ...], error: type[OptionError] = RecipeError) -> None:

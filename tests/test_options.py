@@ -167,6 +167,8 @@ WRONG_RECIPES: list[tuple[Any, str]] = [
     ({"correction": "second-order"}, "'second-order' is not known; did you mean 'second_order'? Choose from: none, "),
     ({"correction": None}, "None is not known. Choose from: none, first_order, second_order, complement, mixture."),
     ({"gain": 1}, "gain 1 is not known. Choose from: 0, 1, k/tau, clipped."),
+    ({"refresh_steps": [3, 2]}, "refresh_steps must be ascending numbers of steps, not [3, 2]; write refresh_steps="),
+    ({"refresh_steps": 5}, "refresh_steps must be ascending numbers of steps, not 5; write refresh_steps=[2, 7, 12]."),
     ({"gain": "k"}, "gain 'k' is not known. Choose from: 0, 1, k/tau, clipped."),
     ({"rank": 0}, "rank must be an integer from 1 to 128, not 0."),
     ({"rank": 129}, "rank must be an integer from 1 to 128, not 129."),

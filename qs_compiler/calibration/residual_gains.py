@@ -57,7 +57,7 @@ class GainFit(TorchFunctionMode):
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.recipe, self._model = recipe, model
-        self._schedule = Schedule(recipe.interval, recipe.warmup)
+        self._schedule = Schedule.of(recipe)
         self._tracker = track(model)
         self._path: list[str] = []  # of the modules that are running, the innermost last
         self._hooks: list[Any] = []

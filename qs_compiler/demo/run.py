@@ -201,7 +201,7 @@ def device_name(device: torch.device) -> str:
 
 def _saying_what_compiles(demo: Demo, tell: Callable[[str], None]) -> Listener:
     """Notes for the bar: the calls that compile take far longer than the others."""
-    first_refresh = Schedule(demo.recipe.interval, demo.recipe.warmup).first_refresh(demo.setting.num_steps)
+    first_refresh = Schedule.of(demo.recipe).first_refresh(demo.setting.num_steps)
     if demo.recipe.density >= 1:
         first_refresh = demo.setting.num_steps
     compiles = {first_refresh: "compiling refresh, sparse", 0: "compiling dense"}

@@ -65,7 +65,7 @@ class CompiledGraph:
         self, dense: Variant, build: Build, capture: Capture, report: Report, options: BackendOptions
     ) -> None:
         self.dense, self._build, self._report = dense, build, report
-        self._schedule = Schedule(options.interval, options.warmup)
+        self._schedule = Schedule.of(options.recipe)
         self._recipe, self._strict, self._budget = options.recipe, options.strict, options.memory_budget
         self._cuda_graphs = bool(_compat.mode_patches(options.mode).get("triton.cudagraphs"))
         self._spares: dict[Hashable, Any] = {}
@@ -95,7 +95,7 @@ class CompiledGraph:
         fits = not any([entry.allocate(slots, device, on_host) for entry, slots, device in kept])
         fresh = all(e.valid_for(args[s.anchor], step) for e, s in zip(entries, sparse.sites, strict=True))
         if fits and fresh and step != signal.step:
-            frame.scalars["gain"] = self._gain_at(signal.step - entries[0].computed_at)
+            frame.scalars["gain"] = self._gain_at(signal.step - entries[0].computed_at, self._schedule.tau(step, signal.num_steps))
             return self._run(sparse, args, frame)
         for entry, slots, device in zip(entries, refresh.slots, devices, strict=True):
             if entry.allocate(slots, device, on_host):
@@ -181,9 +181,9 @@ class CompiledGraph:
                 entry.adopt(self._spares, key)
         return entry
 
-    def _gain_at(self, lag: int) -> float:
-        """f(k) of C_k = D + f(k) lowrank(D - D_prev), k steps after the refresh."""
-        share = lag / self._schedule.interval
+    def _gain_at(self, lag: int, tau: int) -> float:
+        """f(k) of C_k = D + f(k) lowrank(D - D_prev), k steps after the refresh, which came tau after its predecessor."""
+        share = lag / tau
         return {"0": 0.0, "1": 1.0, "k/tau": share, "clipped": min(share, 0.5)}[self._recipe.gain]
 
 

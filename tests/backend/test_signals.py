@@ -293,6 +293,30 @@ def test_schedule_of_the_paper() -> None:
     assert [schedule.refresh_step(i, 50) for i in (4, 5, 9, 10, 49)] == [None, 5, 5, 10, 45]
 
 
+def test_explicit_steps_replace_interval_and_warmup() -> None:
+    schedule = Schedule.of(qs.Recipe(density=0.25, interval=5, warmup=0.5, refresh_steps=[2, 5, 9]))
+    uses = [None, None, 2, 2, 2, 5, 5, 5, 5, 9, 9, 9]
+    assert [schedule.refresh_step(i, 12) for i in range(12)] == uses
+    assert schedule.counts(12) == {"dense": 2, "refresh": 3, "sparse": 7}
+    assert [schedule.tau(r, 12) for r in (2, 5, 9)] == [5, 3, 4]
+
+
+def test_runs_of_few_steps_refresh_every_second_one() -> None:
+    schedule = Schedule(interval=5, warmup=0.1)
+    assert [schedule.refresh_step(i, 8) for i in range(8)] == [None, 1, 1, 3, 3, 5, 5, 7]
+    assert schedule.tau(3, 8) == 2
+    assert [schedule.refresh_step(i, 9) for i in range(9)] == [None, 1, 1, 1, 1, 1, 6, 6, 6]
+    assert [Schedule(4, 0.0).refresh_step(i, 8) for i in (1, 3, 4)] == [0, 0, 4], "an interval of one's own is kept"
+    assert Schedule(interval=1, warmup=0.0).counts(4) == {"dense": 0, "refresh": 4, "sparse": 0}
+    assert schedule.refresh_step(6, 0) == 5, "a run of unknown length keeps its interval"
+
+
+def test_explicit_steps_are_heard() -> None:
+    model = compiled(refresh_steps=(1, 4))
+    denoise(model, 7)
+    assert qs.reports()[-1].calls == {"dense": 1, "refresh": 2, "sparse": STEPS - 3}
+
+
 def test_no_step_recompiles() -> None:
     model = compiled()
     denoise(model, 7)

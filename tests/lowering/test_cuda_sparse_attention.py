@@ -110,14 +110,25 @@ def sparse_step(q, k, v, counts, indices, residual):
     return (o.transpose(1, 2).flatten(2),)
 
 
-def test_residual_and_transpose_join_the_kernel(tmp_path):
+def mixture_step(q, k, v, counts, indices, residual, kept_weight):
+    o, _ = quantsparse.sparse_attention(
+        q, k, v, None, None, None, counts, indices, None, None, None, 0.2, BLOCK, q.dtype
+    )
+    o = (o.float() * kept_weight[..., None]).to(o.dtype)
+    o = quantsparse.add_residual(o, residual, None, None, None, None)
+    return (o.transpose(1, 2).flatten(2),)
+
+
+@pytest.mark.parametrize("step", [sparse_step, mixture_step])
+def test_residual_and_transpose_join_the_kernel(step, tmp_path):
     """Strided heads in, corrected rows of all heads out: one kernel."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in random_qkv(1, 2, 2, 65, 96, 16, bf16))
     args = q, k, v, *block_lists(1, 2, 3, 3), torch.randn(1, 2, 65, 16).to(bf16)
-    text = cuda_code(sparse_step, *args)
+    args = (*args, torch.rand(1, 2, 65)) if step is mixture_step else args
+    text = cuda_code(step, *args)
     assert len(kernel_sources(text)) == 1
     [got] = interpret([(text, args)], tmp_path)[0]
-    assert_close(got, sparse_step(*args)[0], 2 * RELATIVE_ERROR[bf16])
+    assert_close(got, step(*args)[0], 2 * RELATIVE_ERROR[bf16])
 
 
 def test_tokens_may_be_symbolic(tmp_path):
