@@ -187,7 +187,7 @@ def _mixture(
 
 
 def _weighted(o: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (o.float() * weight[..., None]).to(o.dtype)
+    return (o.float() * weight.unsqueeze(-1)).to(o.dtype)
 
 
 def _second_order(cache_format: str, rank: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

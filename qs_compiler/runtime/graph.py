@@ -95,7 +95,8 @@ class CompiledGraph:
         fits = not any([entry.allocate(slots, device, on_host) for entry, slots, device in kept])
         fresh = all(e.valid_for(args[s.anchor], step) for e, s in zip(entries, sparse.sites, strict=True))
         if fits and fresh and step != signal.step:
-            frame.scalars["gain"] = self._gain_at(signal.step - entries[0].computed_at, self._schedule.tau(step, signal.num_steps))
+            tau = self._schedule.tau(step, signal.num_steps)
+            frame.scalars["gain"] = self._gain_at(signal.step - entries[0].computed_at, tau)
             return self._run(sparse, args, frame)
         for entry, slots, device in zip(entries, refresh.slots, devices, strict=True):
             if entry.allocate(slots, device, on_host):
@@ -182,7 +183,7 @@ class CompiledGraph:
         return entry
 
     def _gain_at(self, lag: int, tau: int) -> float:
-        """f(k) of C_k = D + f(k) lowrank(D - D_prev), k steps after the refresh, which came tau after its predecessor."""
+        """f(k) of C_k = D + f(k) lowrank(D - D_prev), k steps after a refresh, tau of them after the one before."""
         share = lag / tau
         return {"0": 0.0, "1": 1.0, "k/tau": share, "clipped": min(share, 0.5)}[self._recipe.gain]
 
