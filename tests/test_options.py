@@ -141,7 +141,7 @@ WRONG_RECIPES: list[tuple[Any, str]] = [
     (8, "a recipe is a name, a dict or a Recipe, not int; write 'w8a8-d25'."),
     (["w8a8"], "a recipe is a name, a dict or a Recipe, not list"),
     (None, "a recipe is a name, a dict or a Recipe, not NoneType"),
-    ({"formt": "w8a8"}, "'formt' is not a field of a recipe; did you mean 'format'? Choose from: attention, block_size, cache_"),
+    ({"formt": "w8a8"}, "'formt' is not a field of a recipe; did you mean 'format'? Choose from: attention"),
     ({1: "w8a8"}, "'1' is not a field of a recipe. Choose from: attention"),
     ({"format": "w8a8-d25"}, f"format 'w8a8-d25' is not known; did you mean 'w8a8'? Choose from: {FORMAT_LIST}."),
     ({"format": None}, "format None is not known. Choose from"),

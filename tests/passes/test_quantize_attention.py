@@ -16,8 +16,8 @@ from tests.passes.conftest import targets
 from tests.passes.test_sparsify_attention import RECIPE, Attention, Masked, X
 
 quantsparse = torch.ops.quantsparse
-# Of the model's output. Its scores reach 10 by design, and int8 codes hold them to 1/250 of that: weights are off by up to
-# 4 %. float8 weights and values add 1/16 each at most, of either sign.
+# Of the model's output. Its scores reach 10 by design, and int8 codes hold them to 1/250 of that: weights are off by up
+# to 4 %. float8 weights and values add 1/16 each at most, of either sign.
 RELATIVE_ATTENTION_ERROR = {"int8": 0.04, "int8-fp8": 0.06}
 
 
