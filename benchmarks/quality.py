@@ -1,13 +1,14 @@
 """What each part brings: the bundled model, compressed in many ways, against its uncompressed twin from the same noise.
 
-Writes benchmarks/results/quality.json after every batch of clips, and goes on where it was stopped. Captions are held
-out from training and from calibration. `python benchmarks/render_quality.py` makes tables and a picture of it.
+Writes benchmarks/results/quality.json after every batch of clips, and goes on where it was stopped; several processes
+may fill one file. Captions are held out from training and from calibration. `python benchmarks/render_quality.py` makes
+tables and a picture of it.
 
     python benchmarks/quality.py --list
     python benchmarks/quality.py --rows 'w4a8/*' 'off-d25/*' --time-limit 540
 
-Dense rows run the model's own code, each linear computed by the reference ops; sparse rows run the rewritten graph node
-by node with the references; rows called .../compiled run what the backend compiles.
+Dense rows run the model's own code, each linear computed by the reference ops; sparse rows, and rows called
+.../compiled, run what the backend compiles; rows called .../reference run that graph node by node with the references.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -32,7 +34,7 @@ import torch
 from quality_rows import Row, all_rows
 
 import qs_compiler as qs
-from qs_compiler import _compat
+from qs_compiler import Recipe, _compat
 from qs_compiler.artifact import Artifact, package_versions
 from qs_compiler.calibration.closed_form import packed_forward
 from qs_compiler.calibration.settings import Settings
@@ -71,26 +73,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / "out" / "quality", help="twins and artifacts")
 
 
+@contextlib.contextmanager
+def alone_at(path: Path) -> Iterator[None]:
+    """While open, no other process is at work on `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Results:
     """The JSON file: settings and rows, each row with its clips."""
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
-        self.path, self.key, self.rows = path, key, {}
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found["key"] != key:
-                unlike = [name for name in key if found["key"].get(name) != key[name]]
-                sys.exit(f"{path} holds a table with another {', '.join(unlike)}; choose another --output.")
-            self.rows = {row["name"]: row for row in found["rows"]}
+        self.path, self.key = path, key
+        self.rows = self._read()
 
-    def write(self) -> None:
+    def _read(self) -> dict[str, dict[str, Any]]:
+        if not self.path.exists():
+            return {}
+        found = json.loads(self.path.read_text())
+        if found["key"] != self.key:
+            unlike = [name for name in self.key if found["key"].get(name) != self.key[name]]
+            sys.exit(f"{self.path} holds a table with another {', '.join(unlike)}; choose another --output.")
+        return {row["name"]: row for row in found["rows"]}
+
+    def put(self, row: dict[str, Any]) -> None:
         """Write beside its place and move in, so that a stopped run leaves a whole file."""
         order = {name: number for number, name in enumerate(all_rows())}
-        rows = sorted(self.rows.values(), key=lambda row: order.get(row["name"], len(order)))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f".{self.path.name}.part")
-        part.write_text(json.dumps({"key": self.key, "rows": rows}, indent=1) + "\n")
-        os.replace(part, self.path)
+        with alone_at(self.path):
+            self.rows = {**self._read(), row["name"]: row}
+            rows = sorted(self.rows.values(), key=lambda row: order.get(row["name"], len(order)))
+            part = self.path.with_name(f".{self.path.name}.part")
+            part.write_text(json.dumps({"key": self.key, "rows": rows}, indent=1) + "\n")
+            os.replace(part, self.path)
 
 
 class Bench:
@@ -141,9 +157,9 @@ class Bench:
         setting = self.setting(grid)
         key = {**self.key(), "setting": dataclasses.asdict(setting), "at": clips.start, "device": self.card()}
         path = self.args.cache / "twins" / f"{_digest(key)}.pt"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(self.sample(self.model, clips, grid).half().cpu(), path)
+        with alone_at(path):
+            if not path.exists():
+                torch.save(self.sample(self.model, clips, grid).half().cpu(), path)
         return torch.load(path).to(self.device).float()
 
     def card(self) -> str:
@@ -158,23 +174,26 @@ class Bench:
 
     def layers(self, row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
         """The packed weights of a row, and what it took to find them."""
-        dense = dataclasses.replace(row.recipe, density=1.0, correction="first_order", interval=5, warmup=0.1)
+        dense = dataclasses.replace(Recipe(), format=row.recipe.format, density=1.0)
         options = self.settings(row)
         if options is None:
             plan = plan_layers(self.model, dense)
             packed = {n: pack_weight(self.model.get_submodule(n).weight, own) for n, own in plan.items()}
             return packed, {}
         setting = self.setting("small")  # weights are calibrated on the grid that the model was trained on
+        forwards = row.forwards or self.args.forwards
         key = {"recipe": dense.to_dict(), "options": options, "setting": dataclasses.asdict(setting), **self.key()}
+        key["forwards"] = forwards
         path = self.args.cache / "artifacts" / _digest(key)
-        if not path.exists():
-            data = calibration_set(self.text, setting, self.dtype, self.args.forwards)
-            self._reset_peak()
-            start = time.perf_counter()
-            artifact = qs.calibrate(self.model, data, recipe=dense, progress=False, **options)
-            artifact.metrics["seconds"] = round(time.perf_counter() - start, 1)
-            artifact.metrics["peak_bytes"] = self._peak()
-            artifact.save(path)
+        with alone_at(path):
+            if not path.exists():
+                data = calibration_set(self.text, setting, self.dtype, forwards)
+                self._reset_peak()
+                start = time.perf_counter()
+                artifact = qs.calibrate(self.model, data, recipe=dense, progress=False, **options)
+                artifact.metrics["seconds"] = round(time.perf_counter() - start, 1)
+                artifact.metrics["peak_bytes"] = self._peak()
+                artifact.save(path)
         artifact = Artifact.load(path)
         last = list(artifact.metrics["blocks"].values())[-1]["error"]
         measured = {
@@ -242,6 +261,7 @@ def new_row(row: Row, bench: Bench) -> dict[str, Any]:
         "name": row.name,
         "recipe": row.recipe.to_dict(),
         "calibration": bench.settings(row),
+        "forwards": row.forwards or bench.args.forwards,
         "grid": dataclasses.asdict(bench.setting(row.grid)),
         "compiled": row.compiled,
         "sparse_density": row.recipe.density,
@@ -278,8 +298,7 @@ def run_row(row: Row, bench: Bench, results: Results, deadline: float) -> bool:
             if announce:
                 report = qs.reports()[-1]
                 entry["calls"], entry["fallbacks"] = dict(report.calls), list(report.fallbacks)
-            results.rows[row.name] = entry
-            results.write()
+            results.put(entry)
     figures = " ".join(f"{name} {entry[name]['mean']:.4g}" for name in MEASURES)
     print(f"{row.name:28} {figures} | {len(entry['clips'])} clips, {time.perf_counter() - begin:.1f} s", flush=True)
     return True

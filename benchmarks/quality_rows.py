@@ -13,14 +13,15 @@ STAGES: dict[str, dict[str, Any] | None] = {
     "range": {"rounding": "nearest", "rotation": None, "smoothing": "none"},
     "smoothing": {"rounding": "nearest", "rotation": None, "smoothing": "search"},
     "hadamard": {"rounding": "nearest", "rotation": 64, "smoothing": "none"},
-    "gptq": {"rounding": "gptq", "rotation": 64, "smoothing": "none"},
     "learned": {"rounding": "gptq", "rotation": 64, "epochs": 15, "lambda_global": 0.0, "lambda_local": 0.0},
     "global": {"rounding": "gptq", "rotation": 64, "epochs": 15, "lambda_local": 0.0},
     "local": {"rounding": "gptq", "rotation": 64, "epochs": 15, "lambda_global": 0.0},
     "msad": {"rounding": "gptq", "rotation": 64, "epochs": 15},
-    "distilled": {"rounding": "learned", "rotation": 64, "lambda_global": 0.0, "lambda_local": 0.0},
+    "distilled": {"rounding": "learned", "epochs_rounding": 10, "lambda_global": 0.0, "lambda_local": 0.0},
     "default": {},
+    "more": {},  # on MORE forwards
 }
+MORE = 64
 SPARSE = {
     "naive": {"correction": "none", "interval": 1000, "warmup": 0.0},  # one mask, chosen in the first step, for ever
     "none": {"correction": "none"},
@@ -41,6 +42,7 @@ class Row:
         calibration: options of `calibrate`; None: weights are rounded without data.
         grid: "small" (4,096 tokens) or "large" (13,824).
         compiled: through Inductor; otherwise the same graph, or the same linears, with the ops' references.
+        forwards: that the calibration reads; None: as the command line says.
     """
 
     name: str
@@ -48,30 +50,36 @@ class Row:
     calibration: dict[str, Any] | None
     grid: str = "small"
     compiled: bool = False
+    forwards: int | None = None
 
 
 def all_rows() -> dict[str, Row]:
     """Name -> row, most wanted first."""
     learned = ("msad", "learned", "distilled", "global", "local")
     dense = [
-        ("w4a8", ("rounding", "default", "hadamard", "range", "gptq", "smoothing", *learned)),
-        ("w4a4", ("rounding", "default", "hadamard", "gptq", "range", "smoothing", *learned)),
+        ("w4a8", ("rounding", "default", "hadamard", "more", "range", "smoothing", *learned)),
+        ("w4a4", ("rounding", "default", "hadamard", "range", "smoothing", *learned)),
         ("w6a6", ("rounding", "default", "hadamard", "range", "msad")),
         ("w8a8", ("rounding", "default", "hadamard")),
         ("fp8", ("rounding", "default")),
     ]
     rows = [Row(f"{form}/{stage}", Recipe.parse(form), STAGES[stage]) for form, stages in dense for stage in stages]
+    rows = [dataclasses.replace(row, forwards=MORE) if row.name.endswith("/more") else row for row in rows]
     for percent in (25, 15, 40):
         for form in ("off", "w4a8"):
             for kind in SPARSE:
                 rows.append(_sparse(form, percent, kind, "small"))
+    for percent in (25, 15, 40):
+        row = _sparse("w4a8", percent, "second_order-k", "small")
+        rows.append(dataclasses.replace(row, name=f"w4a8-d{percent}/msad", calibration=STAGES["msad"]))
     for percent in (25, 15):
         for kind in ("naive", "none", "first_order", "complement-k"):
             rows.append(_sparse("w4a8", percent, kind, "large"))
     for name in ("w4a8", "w4a4", "w8a8"):
         rows.append(Row(f"{name}/default/compiled", Recipe.parse(name), STAGES["default"], compiled=True))
-    compiled = _sparse("w4a8", 25, "first_order", "small")
-    rows.append(dataclasses.replace(compiled, name=f"{compiled.name}/compiled", compiled=True))
+    for form in ("off", "w4a8"):
+        row = _sparse(form, 25, "first_order", "small")
+        rows.append(dataclasses.replace(row, name=f"{row.name}/reference", compiled=False))
     return {row.name: row for row in rows}
 
 
@@ -80,4 +88,4 @@ def _sparse(form: str, percent: int, kind: str, grid: str) -> Row:
     recipe = dataclasses.replace(base, **SPARSE[kind])
     calibration = None if kind == "naive" or form == "off" else STAGES["default"]
     prefix = "large/" if grid == "large" else ""
-    return Row(f"{prefix}{form}-d{percent}/{kind}", recipe, calibration, grid)
+    return Row(f"{prefix}{form}-d{percent}/{kind}", recipe, calibration, grid, compiled=True)

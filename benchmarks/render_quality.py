@@ -25,14 +25,14 @@ STAGES = {
     "range": "ranges by squared error",
     "smoothing": "+ smoothing",
     "hadamard": "ranges + block Hadamard",
-    "gptq": "+ GPTQ",
+    "default": "+ GPTQ (`calibrate` as it comes)",
+    "default/compiled": "the same, compiled",
+    "more": "the same, on 64 forwards",
     "learned": "+ learned transforms and ranges, no maps",
     "global": "+ global maps",
     "local": "+ local maps",
     "msad": "+ both maps (MSAD)",
     "distilled": "GPTQ, then learned rounding",
-    "default": "`calibrate` as it comes",
-    "default/compiled": "the same, compiled",
 }
 CORRECTIONS = {
     "naive": "one mask from the first step",
@@ -42,7 +42,8 @@ CORRECTIONS = {
     "second_order-k": "second order, f = k/tau",
     "complement-0": "complement",
     "complement-k": "complement, f = k/tau",
-    "first_order/compiled": "first order, compiled",
+    "first_order/reference": "first order, by the references",
+    "msad": "second order, f = k/tau; MSAD",
 }
 LINES = {"naive": "#8a949e", "none": "#d9822b", "first_order": "#2a7f9e", "second_order-1": "#b3446c",
          "complement-k": "#3b8f4d"}  # fmt: skip
