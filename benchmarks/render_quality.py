@@ -52,8 +52,10 @@ Rows = dict[str, dict[str, Any]]
 
 
 def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    head = list(head)
+    """A Markdown table, or that there is nothing to put into one."""
+    head, lines = list(head), list(lines)
+    if not lines:
+        return "Not measured yet."
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
