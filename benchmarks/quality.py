@@ -278,7 +278,9 @@ def new_row(row: Row, bench: Bench) -> dict[str, Any]:
 def run_row(row: Row, bench: Bench, results: Results, deadline: float) -> bool:
     """Sample what is missing of a row; False where time ran out first."""
     entry, fresh = results.rows.get(row.name), new_row(row, bench)
-    if entry is None or any(entry[name] != fresh[name] for name in ("recipe", "calibration")):
+    # Read as a recipe, so that fields which came later count as their defaults.
+    same = entry is not None and Recipe.from_dict(entry["recipe"]) == row.recipe
+    if not same or entry["calibration"] != fresh["calibration"]:
         entry = fresh
     missing = [clips for clips in bench.batches() if clips.start >= len(entry["clips"])]
     if not missing:
