@@ -216,8 +216,8 @@ class Clock:
     def phases(self, recipe: qs.Recipe, repeats: int) -> tuple[dict[str, float], dict[str, dict]]:
         """Of a sparse recipe, after a first call: medians of each phase, and the breakdown of one step of each.
 
-        The first video is not counted. With `repeats` 0 there is only one, of three steps, and the breakdown's steps are the timed
-        ones: right where a step takes seconds.
+        The first video is not counted. With `repeats` 0 there is only one, of three steps, and the breakdown's steps
+        are the timed ones: right where a step takes seconds.
         """
         times = collections.defaultdict(list)
         profiles: dict[str, dict] = {}
@@ -291,11 +291,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     calls = MODELS[args.model][3]
+    command = " ".join(["python", *sys.argv]).replace(f" --output {args.output}", "")
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
 
     def keep(name: str, phases: dict[str, float], run_seconds: float, **more) -> None:
         row = {"model": args.model, "layers": args.layers, "name": name, "device": torch.cuda.get_device_name()}
-        row |= {"date": date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
+        row |= {"date": date.today().isoformat(), "command": command}
         row["ms"] = {phase: round(value, 2) for phase, value in phases.items()}
         row |= {"run_seconds": round(run_seconds, 1), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
         row["versions"] = {

@@ -54,7 +54,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         for row in rows
         for phase, part in row["breakdown"].items()
     ]
-    figure = Figure(figsize=(10, 1 + 0.35 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(10, 1.5 + 0.35 * len(bars)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(bars)
     for kind in KINDS:
@@ -63,7 +63,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("percent of the step")
-    axes.legend(ncols=len(KINDS), loc="lower center", bbox_to_anchor=(0.3, 1.0), fontsize="small", frameon=False)
+    figure.legend(ncols=4, loc="outside upper center", fontsize="small", frameon=False)
     figure.savefig(PICTURE, dpi=120)
 
 
