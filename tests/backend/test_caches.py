@@ -197,7 +197,8 @@ class TestPlacement:
     def test_what_is_free_is_the_default(self) -> None:
         assert not self.choose(None)
         self.free = 16 * GIB  # 4 of them are for what a refresh allocates
-        assert self.choose(None)
+        with pytest.raises(DeviceError, match=r"cuda:0 has 12 GiB to spare.*memory_budget=<bytes> keeps them"):
+            self.choose(None)
 
     def test_neither_device_nor_host(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DeviceError, match=r"need 12 GiB for a branch \(60 .*leaves 0.3 GiB.* 0.4 GiB on the"):

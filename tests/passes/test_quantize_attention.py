@@ -35,6 +35,7 @@ def run(context, phase: Phase, module=None, args=(X,), **recipe: object):
 def on_any_device(monkeypatch):
     """Take dense attentions here too, of any length."""
     monkeypatch.setattr(quantize_attention, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(quantize_attention, "HEADS", range(1, 129))
     monkeypatch.setattr(quantize_attention, "LIBRARY_DEVICES", ())
 
 
