@@ -221,6 +221,27 @@ def test_a_weight_changed_after_the_compile(change: Callable[[nn.Module], None],
     assert (after[0] - before[0]).abs().max() > 1e-3, "the change was meant to be visible"
 
 
+@pytest.mark.parametrize("recipe", [DENSE, RECIPE], ids=["dense", "sparse"])
+def test_packed_tensors_edited_after_an_attach(recipe: dict) -> None:
+    def change(model: nn.Module) -> None:
+        model.blocks[1].up.ws.mul_(3)
+        model.blocks[0].qkv.load_state_dict({**model.blocks[0].qkv.state_dict(), "ws": model.blocks[0].qkv.ws / 2})
+
+    def edited() -> nn.Module:
+        model = qs.attach(make(1), recipe=recipe, compile=False)
+        change(model)
+        return qs.attach(model, recipe=recipe)
+
+    want = denoise(edited(), 7)
+    torch._dynamo.reset()
+    model = attached(make(1), recipe)
+    before = denoise(model, 7)
+    change(model)
+    after = denoise(model, 7)
+    assert_same(after, want)
+    assert (after[0] - before[0]).abs().max() > 1e-3, "the change was meant to be visible"
+
+
 def test_a_change_that_no_sample_shows_needs_invalidate() -> None:
     model = make(1)
     weight = model.blocks[1].up.weight
