@@ -122,7 +122,7 @@ def _measure(
     device: torch.device,
 ) -> Row:
     """One row; `what` is EAGER, COMPILED or a recipe."""
-    schedule = Schedule(what.interval, what.warmup) if isinstance(what, Recipe) and what.density < 1 else None
+    schedule = Schedule.of(what) if isinstance(what, Recipe) and what.density < 1 else None
     if isinstance(what, Recipe):
         attach(module, artifact, recipe=what)
     elif what == COMPILED:
