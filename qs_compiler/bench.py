@@ -186,19 +186,25 @@ def _write(output: Path, rows: Sequence[Row], source: Source, steps: int, comman
 def show(rows: Sequence[Row], steps: int, console: Console) -> None:
     """Print the rows; the speed-up is over torch.compile."""
     table = Table(
-        title=f"A denoising step in milliseconds, and {steps} steps", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.add_column("")
-    for title in ("dense", "refresh", "sparse", "run, s", "speed-up", "weights, MB", "peak, GiB", "first calls, s"):
-        table.add_column(title, justify="right", header_style="dim")
+        title=f"A denoising step in milliseconds, and {steps} steps", title_justify="left", box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0), pad_edge=False,
+    )  # fmt: skip
+    table.add_column("", no_wrap=True)
+    for title in ("dense", "refresh", "sparse", "run, s", "speed-up", "weights, GB", "peak, GiB", "first calls, s"):
+        width = max(map(len, title.split(" ")))  # 80 columns hold the table where titles break at words only
+        table.add_column(title, justify="right", header_style="dim", min_width=width)
     (compiled,) = [row.seconds for row in rows if row.name == COMPILED]
     for row in rows:
-        phases = (f"{row.milliseconds[p]:.1f}" if p in row.milliseconds else "" for p in ("dense", "refresh", "sparse"))
+        phases = (_step(row.milliseconds[p]) if p in row.milliseconds else "" for p in ("dense", "refresh", "sparse"))
         table.add_row(
-            row.name, *phases, f"{row.seconds:.1f}", f"{compiled / row.seconds:.2f}x", f"{row.weight_bytes / 1e6:.1f}",
+            row.name, *phases, f"{row.seconds:.1f}", f"{compiled / row.seconds:.2f}x", f"{row.weight_bytes / 1e9:.2f}",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}", f"{row.first_seconds:.0f}",
         )  # fmt: skip
     console.print(table)
     for row in rows:
         for op, reason in row.fallbacks:
             console.print(f"[dim]{row.name}: {op} runs as its reference: {reason}", soft_wrap=True, highlight=False)
+
+
+def _step(milliseconds: float) -> str:
+    return f"{milliseconds:.1f}" if milliseconds < 1000 else f"{milliseconds:.0f}"

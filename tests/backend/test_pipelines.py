@@ -16,8 +16,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers.*"),
     pytest.mark.filterwarnings("ignore::FutureWarning:diffusers.*"),
 ]
-RECIPE = {"density": 0.5, "block_size": 64}
-# 8 steps, warm-up 1, interval 5: refreshes at 1 and 6. Wan calls twice a step; the second expert of Wan 2.2 starts
+RECIPE = {"density": 0.5, "block_size": 64, "interval": 4}
+# 8 steps, warm-up 1, interval 4: refreshes at 1 and 5. Wan calls twice a step; the second expert of Wan 2.2 starts
 # where the first one's caches are not its own, so it refreshes at its first step.
 CALLS = {
     "wan": {"dense": 2, "refresh": 4, "sparse": 10},
