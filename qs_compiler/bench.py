@@ -187,10 +187,10 @@ def show(rows: Sequence[Row], steps: int, console: Console) -> None:
     """Print the rows; the speed-up is over torch.compile."""
     table = Table(
         title=f"A denoising step in milliseconds, and {steps} steps", title_justify="left", box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0), pad_edge=False,
+        padding=0,
     )  # fmt: skip
     table.add_column("", no_wrap=True)
-    for title in ("dense", "refresh", "sparse", "run, s", "speed-up", "weights, GB", "peak, GiB", "first calls, s"):
+    for title in ("dense", "refresh", "sparse", "run, s", "speed-up", "weights, GB", "peak, GiB", "first, s"):
         width = max(map(len, title.split(" ")))  # 80 columns hold the table where titles break at words only
         table.add_column(title, justify="right", header_style="dim", min_width=width)
     (compiled,) = [row.seconds for row in rows if row.name == COMPILED]
