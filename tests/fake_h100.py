@@ -109,9 +109,14 @@ def fake_h100(capability=(9, 0)):
 
 
 def on_cuda(value, sizes: dict[int, torch.SymInt]):
-    """A fake CUDA tensor like this one, dimensions of the given sizes made symbolic; anything else as it is."""
+    """A fake CUDA tensor like this one, dimensions of the given sizes made symbolic; anything else as it is.
+
+    The handle of a cache in host memory, (2,) int64, stays on the CPU.
+    """
     if not isinstance(value, torch.Tensor):
         return value
+    if value.dtype == torch.int64 and value.shape == (2,):
+        return torch.empty(2, dtype=torch.int64)
     if not sizes:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
     assert value.is_contiguous()

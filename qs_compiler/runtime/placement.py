@@ -1,7 +1,7 @@
 """Where the caches of a video live: on the device while they fit, else in host memory if a budget asks for it.
 
-The place never changes the numbers, which belong to the recipe. Host memory is left to those who ask: its tests on a
-GPU (tests/gpu/test_backend_gpu.py) do not pass yet.
+The place never changes the numbers, which belong to the recipe. Host memory is left to those who ask until its tests
+on a GPU (tests/gpu/test_backend_gpu.py) have passed.
 """
 
 from __future__ import annotations

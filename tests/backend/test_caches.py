@@ -12,7 +12,7 @@ from qs_compiler.lowering import fallbacks
 from qs_compiler.options import CACHE_FORMATS, CORRECTIONS
 from qs_compiler.runtime import graph, placement
 from qs_compiler.runtime.cache_layout import cache_bytes, cache_slots
-from tests.backend.models import RECIPE, TOKENS, clip, make
+from tests.backend.models import CACHES, RECIPE, TOKENS, clip, make
 
 GIB = 2**30
 HUNYUAN_720P_129 = (1, 24, 119_056, 128)  # q of each of the 60 attentions
@@ -78,17 +78,8 @@ def denoise(recipe: dict, video: int = 7, steps: int = 10) -> list[torch.Tensor]
     return out
 
 
-RECIPES = [
-    {"correction": "first_order", "cache_format": "int4"},
-    {"correction": "mixture", "cache_format": "int8"},
-    {"correction": "second_order", "cache_format": "bf16", "mask": "mass"},
-    {"correction": "second_order", "cache_format": "rank16"},
-    {"correction": "complement", "cache_format": "fp8"},
-]
-
-
 @pytest.mark.usefixtures("eager_graphs")
-@pytest.mark.parametrize("fields", RECIPES, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
+@pytest.mark.parametrize("fields", CACHES, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
 def test_host_memory_changes_no_bit(fields: dict, request: pytest.FixtureRequest) -> None:
     recipe = {**RECIPE, **fields}
     want = denoise(recipe)

@@ -8,7 +8,7 @@ import torch
 import qs_compiler as qs
 from qs_compiler import _compat
 from qs_compiler.runtime.cache_layout import cache_bytes
-from tests.backend.models import RECIPE, TOKENS, clip, make
+from tests.backend.models import CACHES, RECIPE, TOKENS, clip, make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +41,28 @@ def denoise(model, video, device="cuda"):
 
 def compiled(device="cuda", **options):
     return torch.compile(make().to(device), backend="quantsparse", options={"recipe": RECIPE, **options})
+
+
+@pytest.fixture
+def one_tile_a_reduction():
+    """Two compilations of one graph give the same bits.
+
+    Inductor tunes the tile of a reduction by the clock, each compilation and process for itself, and another tile sums
+    in another order.
+    """
+    with _compat.inductor_config.patch(deterministic=True):
+        yield
+
+
+def assert_same_bits(got, want, what):
+    differs = got != want
+    steps = [
+        f"step {i}: {int(d.sum())} of {d.numel()}, by up to {float((a - b).abs().max()):.3g}, first at token "
+        f"{int(d.any(-1).flatten().nonzero()[0])}"
+        for i, (d, a, b) in enumerate(zip(differs, got, want, strict=True))
+        if d.any()
+    ]
+    assert not steps, f"{what}: {'; '.join(steps)}"
 
 
 def relative_error(a, b):
@@ -103,30 +125,22 @@ def test_cuda_graphs_with_each_correction(correction):
         torch.testing.assert_close(denoise(model, 7), want)
 
 
-RECIPES = [
-    {"correction": "first_order", "cache_format": "int4"},
-    {"correction": "mixture", "cache_format": "int8"},
-    {"correction": "second_order", "cache_format": "bf16", "mask": "mass"},
-    {"correction": "second_order", "cache_format": "rank16"},
-    {"correction": "complement", "cache_format": "fp8"},
-]
-
-
-@pytest.mark.parametrize("fields", RECIPES, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
+@pytest.mark.usefixtures("one_tile_a_reduction")
+@pytest.mark.parametrize("fields", CACHES, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
 def test_host_memory_changes_no_bit(fields):
     recipe = qs.Recipe.parse({**RECIPE, **fields})
-    on_device = compiled(recipe=recipe)
-    want = denoise(on_device, 7)
+    want = denoise(compiled(recipe=recipe), 7)
     assert qs.reports()[-1].cache_place == "device"
     torch._dynamo.reset()
     staging = 2 * cache_bytes(recipe, (1, 2, TOKENS, 16))
     model = compiled(recipe=recipe, memory_budget=staging)
-    for _ in range(2):
-        assert torch.equal(denoise(model, 7), want)
+    for video in ("the first video", "the second, with buffers of the first"):
+        assert_same_bits(denoise(model, 7), want, video)
     report = qs.reports()[-1]
     assert report.cache_place == "host" and report.calls["sparse"] == 8 and report.fallbacks == []
 
 
+@pytest.mark.usefixtures("one_tile_a_reduction")
 def test_blocks_compiled_alone_fill_the_device_before_the_host():
     def in_blocks(**options):
         model = make(blocks=6).cuda()
@@ -138,12 +152,14 @@ def test_blocks_compiled_alone_fill_the_device_before_the_host():
     torch._dynamo.reset()
     layer = cache_bytes(qs.Recipe.parse(RECIPE), (1, 2, TOKENS, 16))
     model = in_blocks(memory_budget=4 * layer + layer // 2)  # two layers, and staging buffers for two
+    out = []
     with qs.denoising(model, STEPS) as run:
         for i, inputs in enumerate(clip(7, STEPS)):
             run.step(i)
-            assert torch.equal(model(**on_device(inputs)), want[i])
+            out.append(model(**on_device(inputs)))
         hosts = [bool(entry.hosts) for entry in run.caches()]
     assert hosts == [False, False, True, True, True, True]
+    assert_same_bits(torch.stack(out), want, "six blocks")
 
 
 def test_caches_in_host_memory_exclude_cuda_graphs():
