@@ -96,7 +96,7 @@ def tile_configs(q, v, block_size: int) -> list[dict]:
 def preferred_tiles(q, v) -> list[tuple[int, int, int, int]]:
     """BLOCK_M, BLOCK_N, stages and warps as measured on an H100 (benchmarks/results/attention.json)."""
     if v.get_dtype() == torch.uint8:
-        return [(64, 128, 2, 4)]
+        return [(64, 128, 3 if padded_head(q) <= 64 else 2, 4)]
     if q.get_dtype().itemsize == 1:
         return [(128, 64, 3, 4), (64, 64, 3, 4)]
     return [(128, 64, 3, 8), (64, 64, 3, 4)]
