@@ -51,6 +51,7 @@ class Compiled:
     ptx: str
     shared_memory: int  # bytes a program
     spilled_bytes: int  # a thread
+    registers: int  # a thread
 
 
 def compile_offline(source: str, folder: Path, capability: tuple[int, int]) -> Compiled:
@@ -71,15 +72,16 @@ def compile_offline(source: str, folder: Path, capability: tuple[int, int]) -> C
         target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32),
         options=options,
     )
-    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, spilled_bytes(compiled.asm["cubin"], folder))
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, *resources(compiled.asm["cubin"], folder))
 
 
-def spilled_bytes(cubin: bytes, folder: Path) -> int:
-    """Bytes of local memory a thread of a cubin's kernel uses, as the disassembler that Triton brings reports them."""
+def resources(cubin: bytes, folder: Path) -> tuple[int, int]:
+    """Bytes of local memory and registers of a thread of a cubin's kernel, as Triton's disassembler reports them."""
     import triton
 
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     report = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", report).group(1)) + int(re.search(r"LOCAL:(\d+)", report).group(1))
+    stack, local, registers = (int(re.search(rf"{key}:(\d+)", report).group(1)) for key in ("STACK", "LOCAL", "REG"))
+    return stack + local, registers

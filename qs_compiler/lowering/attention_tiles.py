@@ -11,6 +11,7 @@ from .template_source import triton_dtype
 
 fp8 = torch.float8_e4m3fn
 LARGEST_HEAD = 256
+MASS_ROWS = 16  # device.py's
 
 
 def why_not(q, v, scale: float, block_size: int) -> str | None:
@@ -76,11 +77,15 @@ def padded_head(q) -> int:
     return max(32, 1 << (static_size(q.get_size()[3]) - 1).bit_length())
 
 
-def tile_configs(q, v, block_size: int) -> list[dict]:
-    """Tiles that divide the block and fit into shared memory, the preferred one first."""
+def tile_configs(q, v, block_size: int, plain: bool = False) -> list[dict]:
+    """Tiles that divide the block and fit into shared memory, the preferred one first.
+
+    plain: the kernel keeps nothing but the state of one online softmax in registers.
+    """
     head, largest = padded_head(q), block_size & -block_size
     found = []
-    for m, n, stages, warps in (*preferred_tiles(q, v), (64, 64, 2, 4), (64, 32, 2, 4), (32, 32, 2, 4), (16, 16, 1, 1)):
+    smaller = (64, 64, 2, 4), (64, 32, 2, 4), (32, 32, 2, 4), (16, 16, 1, 1)
+    for m, n, stages, warps in (*preferred_tiles(q, v, plain), *smaller):
         if m <= 32:
             m, n = min(m, largest), min(n, largest)
         least = 32 if v.get_dtype() == torch.uint8 else 16  # the depth of a tensor core's product
@@ -93,10 +98,12 @@ def tile_configs(q, v, block_size: int) -> list[dict]:
     return found
 
 
-def preferred_tiles(q, v) -> list[tuple[int, int, int, int]]:
+def preferred_tiles(q, v, plain: bool) -> list[tuple[int, int, int, int]]:
     """BLOCK_M, BLOCK_N, stages and warps as measured on an H100 (benchmarks/results/attention.json)."""
     if v.get_dtype() == torch.uint8:
         return [(64, 128, 3 if padded_head(q) <= 64 else 2, 4)]
     if q.get_dtype().itemsize == 1:
         return [(128, 64, 3, 4), (64, 64, 3, 4)]
+    if plain and q.get_dtype().itemsize == 2 and padded_head(q) <= 128:  # a wider tile of values would not fit
+        return [(128, 64, 2, 4), (64, 64, 3, 4)]
     return [(128, 64, 3, 8), (64, 64, 3, 4)]

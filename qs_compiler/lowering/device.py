@@ -16,6 +16,8 @@ TINY = tl.constexpr(1.0e-30)
 OFFSET = tl.constexpr(12582912.0)
 OFFSET_BITS = tl.constexpr(0x4B400000)
 WEIGHT_SHIFT = tl.constexpr(8.0)  # weights of at most 256, float8 holds 448
+LARGEST_GROWTH = tl.constexpr(64.0)  # of a log-sum-exp, base 2, between two steps: no estimate of block mass overflows
+MASS_ROWS = tl.constexpr(16)  # queries whose masses are added up before they are stored: those that a warp holds
 
 
 @triton.jit
@@ -145,6 +147,9 @@ def attend_blocks(
     acc,
     total,
     m,
+    MASS,
+    blocks,
+    lse_prev,
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -153,6 +158,7 @@ def attend_blocks(
     K_SCALES: tl.constexpr,
     WEIGHT: tl.constexpr,
     PACKED: tl.constexpr,
+    ESTIMATE: tl.constexpr,
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
@@ -162,7 +168,10 @@ def attend_blocks(
     q [BLOCK_M, HEAD]; keys from `length` on are masked (MASKED False: there are none). The state is acc
     [BLOCK_M, HEAD], total, m [BLOCK_M], of empty_state at first: weights are exp2(score - m), m at least as large as
     the largest score less WEIGHT_SHIFT. Values meet the weights in the dtype WEIGHT; PACKED values are those of
-    ops/packed_values.py, [HEAD, keys] in float8.
+    ops/pack_values.py, [HEAD, keys] in float8.
+
+    ESTIMATE: store at MASS, float32 [BLOCK_M / MASS_ROWS, blocks], the softmax mass of each visited block, summed over
+    MASS_ROWS queries, as if their log-sum-exps (base 2) were lse_prev [BLOCK_M]; a row whose lse_prev is inf has none.
     """
     STEPS: tl.constexpr = BLOCK // BLOCK_N
     # float8 holds weights down to 2^-9 as normal numbers: scaled up, the small ones keep their digits.
@@ -171,6 +180,8 @@ def attend_blocks(
     # and OFFSET leaves with the maximum. It costs at most one unit of the integer sum.
     ZERO: tl.constexpr = OFFSET if INT8 else 0.0
     LEFT: tl.constexpr = 0.0 if K_SCALES == 2 else ZERO
+    groups = tl.arange(0, BLOCK_M // MASS_ROWS)
+    mass = tl.zeros([BLOCK_M // MASS_ROWS], tl.float32)
     # The list is read one entry ahead: a load inside the pipeline would cost it a stage.
     following = tl.load(LIST + tl.minimum(first, tl.maximum(last - 1, 0))).to(tl.int32)
     for i in tl.range(first * STEPS, last * STEPS, num_stages=STAGES):
@@ -196,8 +207,14 @@ def attend_blocks(
         m_new = tl.maximum(m, (tl.max(scores, 1) - LEFT) * f - SHIFT)
         weights = tl.exp2(scores * f[:, None] - (f * LEFT + m_new)[:, None])
         shrink = tl.exp2(m - m_new)
-        total = total * shrink + tl.sum(weights, 1)
+        sums = tl.sum(weights, 1)
+        total = total * shrink + sums
         m = m_new
+        if ESTIMATE:
+            sums = sums * tl.exp2(tl.minimum(m_new - lse_prev, LARGEST_GROWTH))
+            part = tl.sum(tl.reshape(sums, (BLOCK_M // MASS_ROWS, MASS_ROWS)), 1)
+            mass = part if STEPS == 1 else tl.where(i % STEPS == 0, part, mass + part)
+            tl.store(MASS + groups * blocks + block, mass)  # the last step of a block has all of it
         if PACKED:
             # The registers that hold columns 8a + 2t + b of 16 are those that a float8 operand holds as 4t + 2a + b.
             packed = tl.reshape(weights.to(tl.float8e4nv), (BLOCK_M, BLOCK_N // 16, 2, 4, 2))
@@ -209,6 +226,14 @@ def attend_blocks(
             values = load_tile(v, key, 0, length, depth, v_stride, BLOCK_N, HEAD, TMA)
             acc = tl.dot(weights.to(WEIGHT), values.to(WEIGHT), acc * shrink[:, None], input_precision="ieee")
     return acc, total, m
+
+
+@triton.jit
+def previous_exponents(LSE, stride, row, tokens, ROWS: tl.constexpr):
+    """Log-sum-exps of an earlier step for attend_blocks, base 2, [ROWS]; inf for a row without a query or key."""
+    rows = row + tl.arange(0, ROWS)
+    lse = tl.load(LSE + rows * stride, mask=rows < tokens, other=float("-inf"))
+    return tl.where(lse > float("-inf"), lse * LOG2_E, float("inf"))
 
 
 @triton.jit

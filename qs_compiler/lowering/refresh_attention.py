@@ -1,14 +1,24 @@
 """Lower quantsparse::refresh_attention.
 
-CPU: the reference. CUDA: a Triton template, one program for each tile of queries. One online softmax runs over all key
-blocks, one part of the list after the other, and leaves a snapshot between the two:
+CPU: the reference. CUDA: one online softmax runs over all key blocks, one part of the list after the other, and leaves
+a snapshot between the two:
 
     correction    first part    the snapshot       in the end
     residual      kept          o_kept             is subtracted from the output, in place
     complement    dropped       the dropped state
 
-so the price of a refresh is that of dense attention, and no second accumulator competes for registers. Block mass needs
-the final log-sum-exps, hence the scores once more; a graph that does not use it does not pay for it.
+so the price of a refresh is that of dense attention, and no second accumulator competes for registers. LAUNCHES says in
+how many kernels:
+
+    1    a template of its own holds both loops, a program for each tile of queries.
+    2    sparse_attention's template over the first part, and again over the second one, resuming from the result of the
+         first as a sparse step resumes from a cached state. Each launch has the registers of one loop, so more programs
+         run at a time; the snapshot is read back once. Not measured yet.
+
+Block mass needs the final log-sum-exps, hence the scores once more, in one launch. Two launches estimate it instead if
+they are given the log-sum-exps of an earlier step: those divide the weights of each row as they pass, and the masses of
+a query block are scaled to sum to 1, so that only rows whose log-sum-exps moved apart count unlike one another. A graph
+that does not use the mass pays for neither.
 """
 
 from __future__ import annotations
@@ -25,12 +35,16 @@ from .._compat import (
     register_lowering,
     select_template,
 )
-from .attention_tiles import template_constants, tile_configs, why_not, with_unit_stride
+from .attention_tiles import MASS_ROWS, template_constants, tile_configs, why_not, with_unit_stride
+from .block_scores import at_least
+from .decode import f32
 from .device_support import call_reference
+from .sparse_attention import attend
 from .template_source import read_template
 
 OP = torch.ops.quantsparse.refresh_attention.default
 BLOCK_MASS = 4  # its place among the outputs
+LAUNCHES = 1
 
 
 @SymbolicGridFn
@@ -57,9 +71,12 @@ def lower_refresh_attention(
     if (reason := why_not(q, v, scale, block_size)) is not None:
         return call_reference(OP, reason, *arguments)
 
-    q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len = (
-        None if x is None else with_unit_stride(x) for x in arguments[:9]
-    )
+    operands = [None if x is None else with_unit_stride(x) for x in arguments[:9]]
+    has_mass = output_is_used(BLOCK_MASS)
+    if LAUNCHES == 2 and not (has_mass and lse_prev is None):
+        previous = lse_prev if has_mass else None
+        return two_launches(operands, previous, correction == "residual", scale, block_size, dtype)
+    q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len = operands
     size, list_size = q.get_size(), indices.get_size()
     [tile] = tile_configs(q, v, block_size)[:1]
     tiles = block_size // tile["BLOCK_M"]  # of queries in a block
@@ -67,7 +84,6 @@ def lower_refresh_attention(
     correction_o = written(q, size, dtype)
     outputs = [lse, correction_o, correction_lse]
     mass_shape = [*size[:2], *list_size[2:]]
-    has_mass = output_is_used(BLOCK_MASS)
     if has_mass:
         outputs.append(written(q, [*size[:2], list_size[2], tiles, list_size[3]], torch.float32))
     optional = [x for x in (q_scale, k_scale, v_scale, kv_len) if x is not None]
@@ -90,6 +106,29 @@ def lower_refresh_attention(
     else:
         mass = L.sum_(outputs[3], 3)
     return o, lse, correction_o, correction_lse, mass
+
+
+def two_launches(operands, lse_prev, residual: bool, scale: float, block_size: int, dtype: torch.dtype):
+    """One part of the lists after the other; the difference of the two, and sums of mass, are left to Inductor."""
+    q, indices = operands[0], operands[7]
+    device, mass_shape = q.get_device(), [*q.get_size()[:2], *indices.get_size()[2:]]
+    mass = None
+    if lse_prev is not None:
+        shape = [*mass_shape[:3], block_size // MASS_ROWS, mass_shape[3]]
+        mass = L.full(shape, 0.0, dtype=torch.float32, device=device)  # where there is no query or key none is written
+        mass.realize()
+    options = {"mass": mass, "lse_prev": lse_prev}
+    first_o, first_lse = attend(*operands, None, None, scale, block_size, dtype, dropped=not residual, **options)
+    o, lse = attend(*operands, first_o, first_lse, scale, block_size, dtype, dropped=residual, **options)
+    correction_o = first_o
+    if residual:
+        correction_o = L.to_dtype(L.sub(L.to_dtype(o, f32), L.to_dtype(first_o, f32)), dtype)
+    if mass is None:
+        mass = L.full(mass_shape, 0.0, dtype=torch.float32, device=device)  # nothing reads it
+    else:
+        mass = L.sum_(mass, [3])
+        mass = L.div(mass, at_least(L.sum_(mass, [3], True), torch.finfo(torch.float32).tiny))
+    return o, lse, correction_o, first_lse, mass
 
 
 def written(like, size, dtype: torch.dtype):

@@ -38,10 +38,22 @@ def lower_sparse_attention(
     if (reason := why_not(q, v, scale, block_size)) is not None:
         return call_reference(OP, reason, *arguments)
 
+    return attend(*arguments)
+
+
+def attend(
+    q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len, state_o, state_lse, scale, block_size, dtype,
+    dropped: bool = False, mass=None, lse_prev=None,
+):  # fmt: skip
+    """Output and log-sum-exp of the kernel, the arguments as in the op.
+
+    dropped: of the blocks that rows of `indices` list after the kept ones. mass (B, H, nQ, block_size / MASS_ROWS, nK):
+    written at the blocks that are visited, their masses by lse_prev.
+    """
     size = q.get_size()
     lse = L.empty(size[:3], dtype=torch.float32, device=q.get_device())
     lse.realize()
-    optional = (q_scale, k_scale, v_scale, kv_len, state_o, state_lse)
+    optional = (q_scale, k_scale, v_scale, kv_len, state_o, state_lse, mass, lse_prev)
     q, k, v, num_blocks, indices, *optional = (
         None if x is None else with_unit_stride(x) for x in (q, k, v, num_blocks, indices, *optional)
     )
@@ -49,12 +61,14 @@ def lower_sparse_attention(
     o = select_template(
         "quantsparse_sparse_attention",
         TEMPLATE,
-        tile_configs(q, v, block_size)[:1],
+        tile_configs(q, v, block_size, plain=state_o is None and mass is None)[:1],
         [q, k, v, lse, num_blocks, indices, *(x for x in optional if x is not None)],
         layout,
-        mutated_inputs=[lse],
+        mutated_inputs=[lse] if mass is None else [lse, mass],
         call_sizes=size,
         **template_constants(q, k, v, q_scale, k_scale, v_scale, kv_len, scale, block_size, dtype),
         HAS_STATE=state_o is not None,
+        DROPPED=dropped,
+        ESTIMATE=mass is not None,
     )
     return o, lse

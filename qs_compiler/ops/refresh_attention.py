@@ -10,7 +10,8 @@ kernel can visit the two sets one after the other. Returns
     correction "complement": output and lse of the dropped blocks, (0, -inf) where nothing is dropped;
   block_mass (B, H, nQ, nK) float32: softmax mass of each key block, mean over the query block's rows. Rows sum to 1
     (to 0 where no key is left).
-lse_prev (B, H, S) float32 is for kernels, which may estimate block_mass from it in one pass; this reference is exact.
+lse_prev (B, H, S) float32, the lse of an earlier step, is for kernels, which may estimate block_mass from it in one
+pass: row i of a query block then counts exp(lse_i - lse_prev_i) times, not once. This reference is exact.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qs_compiler.lowering import attention_tiles, collect_fallbacks
+from qs_compiler.lowering import attention_tiles, collect_fallbacks, refresh_attention
 from qs_compiler.ops.refresh_attention import CORRECTIONS
 from tests.fake_h100 import SHARED_MEMORY, cuda_code
 from tests.kernel_text import compile_offline, kernel_sources
@@ -18,14 +18,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NO_SCALES = (None, None, None)
 
 
-def refresh(q, k, v, lists, correction, *, scales=NO_SCALES, kv_len=None, dtype=None, block=BLOCK, outputs=5):
+def refresh(
+    q, k, v, lists, correction, *, scales=NO_SCALES, kv_len=None, lse_prev=None, dtype=None, block=BLOCK, outputs=5
+):
     """A function of tensors only that returns the first outputs, and its arguments."""
-    tensors = (q, k, v, *scales, *lists, kv_len)
+    tensors = (q, k, v, *scales, *lists, kv_len, lse_prev)
 
     def function(*given):
         rest = iter(given)
         args = [None if t is None else next(rest) for t in tensors]
-        return quantsparse.refresh_attention(*args, None, correction, 0.2, block, dtype or q.dtype)[:outputs]
+        return quantsparse.refresh_attention(*args, correction, 0.2, block, dtype or q.dtype)[:outputs]
 
     return function, [t for t in tensors if t is not None]
 
@@ -35,15 +37,19 @@ def complete_lists(batch, heads, tokens, keys, block=BLOCK, **options):
 
 
 def check(cases, folder, tolerance=None):
-    """Interpret the generated code of [(function, args)] and compare with the references."""
+    """Interpret the generated code of [(function, args)] and compare with the references.
+
+    tolerance: one for all cases, or a list.
+    """
     texts = []
     for function, args in cases:
         with collect_fallbacks() as fallbacks:
             texts.append(cuda_code(function, *args))
         assert fallbacks == [] and library_calls(texts[-1]) == []
     results = interpret([(text, args) for text, (_, args) in zip(texts, cases, strict=True)], folder)
-    for (function, args), got in zip(cases, results, strict=True):
-        compare(got, function(*args), tolerance)
+    tolerances = tolerance if isinstance(tolerance, list) else [tolerance] * len(cases)
+    for (function, args), got, limit in zip(cases, results, tolerances, strict=True):
+        compare(got, function(*args), limit)
     return texts
 
 
@@ -136,6 +142,76 @@ def test_a_graph_without_block_mass_does_not_compute_it():
         assert ("store_block_mass" in source) == (outputs == 5)
 
 
+@pytest.fixture
+def two_launches(monkeypatch):
+    monkeypatch.setattr(refresh_attention, "LAUNCHES", 2)
+
+
+def test_two_launches_give_what_one_gives(two_launches, tmp_path):
+    """Grouped heads of odd sizes with poisoned padding; whole blocks, lists that keep nothing or all; 8 bits."""
+    q, k, v = random_qkv(2, 4, 2, 35, 65, 24, torch.float32)
+    kv_len = torch.tensor([40, 0], dtype=torch.int32)
+    for b, length in enumerate(kv_len):
+        k[b, :, length:], v[b, :, length:] = float("nan"), float("nan")
+    whole = random_qkv(1, 2, 1, 64, 96, 16, torch.float32)
+    counts, indices = complete_lists(1, 2, 64, 96)
+    counts[0, 0], indices[0, 0] = torch.tensor([0, 3], dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+    cases = [
+        refresh(q, k, v, complete_lists(1, 4, 35, 65, dtype=torch.int16), "residual", kv_len=kv_len, outputs=4),
+        refresh(*whole, (counts, indices), "complement", outputs=4),
+    ]
+    q, k, v = random_qkv(1, 2, 1, 140, 150, 32, torch.float32)
+    codes = [x.mul(40).clamp(-120, 120).to(torch.int8) for x in (q, k)]
+    packed, v_scale = quantsparse.pack_values(v)
+    scales = torch.rand(1, 2, 140) * 0.02 + 1e-3, torch.rand(1, 1, 2) * 0.02 + 1e-3, v_scale
+    lists = complete_lists(1, 2, 140, 150, 128)
+    cases.append(refresh(*codes, packed, lists, "residual", scales=scales, dtype=bf16, block=128, outputs=4))
+    texts = check(cases, tmp_path, [None, None, FP8_WEIGHTS_ERROR])
+    assert all(list(kernel_sources(text)) == ["triton_tem_fused_0", "triton_tem_fused_1"] for text in texts)
+
+
+def estimated_mass(q, k, lse_prev, blocks, kv_len):
+    """Softmax mass of each key block by the log-sum-exps of another step, in shares of each query block's."""
+    scores = q.double() @ k.double().mT * 0.2
+    weights = torch.exp(scores - lse_prev[..., None].double())
+    weights[..., kv_len:] = 0
+    query_blocks, key_blocks = blocks
+    missing = key_blocks * BLOCK - k.shape[2], query_blocks * BLOCK - q.shape[2]
+    weights = torch.nn.functional.pad(weights, (0, missing[0], 0, missing[1]))
+    mass = weights.unflatten(2, (-1, BLOCK)).unflatten(4, (-1, BLOCK)).sum((3, 5))
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def test_two_launches_estimate_block_mass_by_previous_log_sum_exps(two_launches, tmp_path):
+    q, k, v = random_qkv(1, 2, 2, 40, 80, 16, torch.float32)
+    lists, kv_len = complete_lists(1, 2, 40, 80), torch.tensor([70], dtype=torch.int32)
+    lse = refresh(q, k, v, lists, "residual", kv_len=kv_len)[0](q, k, v, *lists, kv_len)[1]
+    cases = []
+    for drift, correction in zip((0.0, 1.0), CORRECTIONS, strict=True):
+        lse_prev = lse + drift * torch.randn_like(lse)
+        cases.append(refresh(q, k, v, lists, correction, kv_len=kv_len, lse_prev=lse_prev))
+    texts = [cuda_code(function, *args) for function, args in cases]
+    exact = cases[0][0](*cases[0][1])[4]
+    results = interpret([(text, args) for text, (_, args) in zip(texts, cases, strict=True)], tmp_path)
+    for (function, args), got in zip(cases, results, strict=True):
+        compare(got[:4], function(*args)[:4])
+        assert_close(got[4], estimated_mass(q, k, args[-1], (2, 3), 70), 1e-5)
+    assert_close(results[0][4], exact)  # by the log-sum-exps of the step itself
+    assert (results[1][4] - exact).abs().max() > 1e-2
+
+
+def test_two_launches_leave_three_programs_to_a_multiprocessor(two_launches, tmp_path):
+    """65,536 registers hold 3 programs of 128 threads at up to 168 each; without spills, mass and residual included."""
+    function, args = large_case(128, torch.int8, "residual", 5, lse_prev=True)
+    sources = kernel_sources(cuda_code(function, *args))
+    templates = [text for name, text in sources.items() if "_tem_" in name]
+    assert len(templates) == 2 and "store_block_mass" not in "".join(templates)
+    for source in templates:
+        compiled = compile_offline(source, tmp_path, (9, 0))
+        assert compiled.registers <= 168 and compiled.spilled_bytes == 0
+        assert 3 * (compiled.shared_memory + 1024) <= 228 * 1024
+
+
 def refresh_step(q, k, v, counts, indices, added):
     o, lse, correction, _, _ = quantsparse.refresh_attention(
         q, k, v, None, None, None, counts, indices, None, None, "residual", 0.2, BLOCK, q.dtype
@@ -169,7 +245,7 @@ def test_tokens_may_be_symbolic(tmp_path):
         compare(got, function(*given))
 
 
-def large_case(depth, dtype, correction, outputs):
+def large_case(depth, dtype, correction, outputs, lse_prev=False):
     """Shapes of real use, on the meta device. int8 stands for q and k; v is then packed float8."""
     with torch.device("meta"):
         q = k = torch.empty(1, 4, 4096, depth, dtype=dtype)
@@ -178,8 +254,9 @@ def large_case(depth, dtype, correction, outputs):
             v = torch.empty(1, 4, depth, 4096, dtype=torch.uint8)
             scales = torch.empty(1, 4, 4096), torch.empty(1, 4, 32), torch.empty(1, 4, depth)
         lists = torch.empty(1, 4, 32, dtype=torch.int32), torch.empty(1, 4, 32, 32, dtype=torch.int32)
-        kind = bf16 if dtype == torch.int8 else dtype
-        return refresh(q, k, v, lists, correction, scales=scales, dtype=kind, block=128, outputs=outputs)
+        options = {"dtype": bf16 if dtype == torch.int8 else dtype, "block": 128, "outputs": outputs}
+        options["lse_prev"] = torch.empty(1, 4, 4096) if lse_prev else None
+        return refresh(q, k, v, lists, correction, scales=scales, **options)
 
 
 @pytest.mark.parametrize(

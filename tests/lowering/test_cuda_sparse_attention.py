@@ -167,6 +167,32 @@ def test_every_tile_compiles_and_fits(depth, capability, dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "depth", "resumes", "tile"),
+    (
+        (bf16, 128, False, (128, 64, 2, 4)),
+        (bf16, 128, True, (128, 64, 3, 8)),
+        (torch.int8, 128, False, (64, 128, 2, 4)),
+        (torch.int8, 64, False, (64, 128, 3, 4)),
+    ),
+)
+def test_tiles_are_those_that_were_measured(dtype, depth, resumes, tile):
+    with torch.device("meta"):
+        q = k = torch.empty(1, 4, 4096, depth, dtype=dtype)
+        v, scales, state = q, (None, None, None), (None, None)
+        if dtype == torch.int8:
+            v = torch.empty(1, 4, depth, 4096, dtype=torch.uint8)
+            scales = torch.empty(1, 4, 4096), torch.empty(1, 4, 32), torch.empty(1, 4, depth)
+        if resumes:
+            state = torch.empty(1, 4, 4096, depth, dtype=bf16), torch.empty(1, 4, 4096)
+        lists = torch.empty(1, 4, 32, dtype=torch.int32), torch.empty(1, 4, 32, 32, dtype=torch.int32)
+        function, args = attend(q, k, v, lists, scales=scales, state=state, dtype=bf16, block=128)
+    text = cuda_code(function, *args)
+    m, n, stages, warps = tile
+    assert f"BLOCK_M : tl.constexpr = {m}" in text and f"BLOCK_N : tl.constexpr = {n}" in text
+    assert f"num_stages={stages}," in text and f"num_warps={warps}," in text
+
+
+@pytest.mark.parametrize(
     ("block", "depth", "capability", "reason"),
     (
         (24, 32, (9, 0), "block_size 24 is not a multiple of 16"),
