@@ -1,4 +1,4 @@
-"""Lower quantsparse::quantize_keys to Inductor IR: a sum over the tokens, then each block's maximum and codes in one
+"""Lower quantsparse::quantize_keys to Inductor IR: sums over the tokens, then each block's maximum and codes in one
 kernel, which reads a block that it has just read.
 """
 
@@ -8,6 +8,7 @@ import torch
 
 from .._compat import L, divide_to_nearest, ir, ops, register_lowering
 from ..ops.formats import FORMATS, TINY_AMAX
+from ..ops.quantize_keys import LEAST_VARIANCE
 from .block_scores import blocks_of, key_length
 from .decode import f32
 
@@ -23,13 +24,13 @@ def lower_quantize_keys(k, kv_len, block_size):
     k.realize()  # read three times
     load, length = k.make_loader(), key_length(kv_len, tokens)
 
-    def key(b, h, token, d, shift=None):
-        """k[b, h, token, d], less what `shift` gives; 0 where the token does not count."""
+    def key(b, h, token, d, transform=None):
+        """What `transform`, if any, makes of k[b, h, token, d]; 0 where the token does not count."""
         valid = ops.lt(ops.index_expr(token, torch.int64), length(b))
 
         def value():
             x = ops.to_dtype(load([b, h, token, d]), f32)
-            return x if shift is None else ops.sub(x, shift([b, h, d]))
+            return x if transform is None else transform(x, [b, h, d])
 
         return ops.masked(valid, value, 0.0)
 
@@ -46,21 +47,41 @@ def lower_quantize_keys(k, kv_len, block_size):
         result.realize()
         return result
 
-    def sum_of(index, token):
-        b, h, d = index
-        return key(b, h, token[0], d)
+    def sum_of(transform=None):
+        def inner(index, token):
+            b, h, d = index
+            return key(b, h, token[0], d, transform)
 
-    load_sum = reduce("sum", sum_of, [batch, heads, depth], [tokens]).make_loader()
+        return reduce("sum", inner, [batch, heads, depth], [tokens]).make_loader()
 
-    def mean(index):
-        count = ops.maximum(length(index[0]), ops.constant(1, torch.int64))
-        return divide_to_nearest(load_sum(index), ops.to_dtype(count, f32))
+    def mean_of(load_sum):
+        def inner(index):
+            count = ops.maximum(length(index[0]), ops.constant(1, torch.int64))
+            return divide_to_nearest(load_sum(index), ops.to_dtype(count, f32))
 
-    load_mean = pointwise(f32, mean, [batch, heads, depth]).make_loader()
+        return inner
+
+    mean = mean_of(sum_of())
+    square = mean_of(sum_of(lambda x, _: ops.mul(x, x)))
+
+    def spread(index):
+        squared_mean = ops.mul(mean(index), mean(index))
+        variance = ops.sub(square(index), squared_mean)
+        variance = ops.maximum(variance, ops.mul(squared_mean, ops.constant(LEAST_VARIANCE, f32)))
+        return ops.sqrt(ops.sqrt(ops.maximum(variance, ops.constant(TINY_AMAX, f32))))
+
+    smooth = pointwise(f32, spread, [batch, heads, depth])
+    load_smooth, load_mean = smooth.make_loader(), pointwise(f32, mean, [batch, heads, depth]).make_loader()
+    load_inverse = pointwise(
+        f32, lambda index: divide_to_nearest(ops.constant(1.0, f32), load_smooth(index)), [batch, heads, depth]
+    ).make_loader()
+
+    def even(x, channel):
+        return ops.mul(ops.sub(x, load_mean(channel)), load_inverse(channel))
 
     def magnitude(index, inside):
         b, h, block = index
-        return ops.abs(key(b, h, block * block_size + inside[0], inside[1], load_mean))
+        return ops.abs(key(b, h, block * block_size + inside[0], inside[1], even))
 
     peak = reduce("max", magnitude, [batch, heads, blocks], [block_size, depth])
     load_peak = peak.make_loader()
@@ -73,8 +94,8 @@ def lower_quantize_keys(k, kv_len, block_size):
 
     def code(index):
         b, h, block, row, d = index
-        centred = key(b, h, block * block_size + row, d, load_mean)
-        scaled = ops.mul(centred, divide_to_nearest(ops.constant(INT8.qmax, f32), amax([b, h, block])))
+        evened = key(b, h, block * block_size + row, d, even)
+        scaled = ops.mul(evened, divide_to_nearest(ops.constant(INT8.qmax, f32), amax([b, h, block])))
         return ops.to_dtype(ops.round(scaled), INT8.dtype)
 
     # Whole blocks in memory: over the tokens alone, the codes would not share a loop with the maxima.
@@ -82,4 +103,4 @@ def lower_quantize_keys(k, kv_len, block_size):
         pointwise(INT8.dtype, code, [batch, heads, blocks, block_size, depth]),
         [batch, heads, blocks * block_size, depth],
     )
-    return L.slice_(codes, 2, 0, tokens), pointwise(f32, scale, peak.get_size())
+    return L.slice_(codes, 2, 0, tokens), pointwise(f32, scale, peak.get_size()), smooth

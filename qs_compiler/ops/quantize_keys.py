@@ -1,13 +1,17 @@
-"""quantsparse::quantize_keys: int8 keys of an attention, less their mean, with one scale a block.
+"""quantsparse::quantize_keys: int8 keys of an attention, less their mean, evened out, with one scale a block.
 
-    k' = k - mean_t(k)        k_scale = max|k'| / 127 over a block's tokens and channels        kq = round(k' / k_scale)
+    k' = (k - mean_t(k)) / smooth        k_scale = max|k'| / 127 over a block's tokens and channels
+    smooth = sqrt(std_t(k))              kq = round(k' / k_scale)
 
 A vector that all keys share adds one number to all scores of a query, which no softmax sees. Real keys have such a
 bias, in few channels and large: without it the codes are spent on what differs between keys. The log-sum-exp of the
 scores moves by that number, in every subset of the keys alike.
+A channel that varies more than the others sets the scale of all. `smooth` moves half of that, as a power, to the
+queries, which are to be multiplied by it and have a scale for each token (SmoothQuant, arXiv 2211.10438). Any positive
+`smooth` leaves the scores as they are, so float32 sums of squares are good enough for it.
 
 k (B, Hkv, T, D) float; kv_len (B,) or None: how many leading keys count, the others take no part in means and scales
-and get zeros. Returns kq (B, Hkv, T, D) int8 and k_scale (B, Hkv, nK) float32.
+and get zeros. Returns kq (B, Hkv, T, D) int8, k_scale (B, Hkv, nK) float32 and smooth (B, Hkv, D) float32.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from .library import FLOAT_DTYPES, OpCost, define_op, itemsize, require_dtype, r
 
 NAME = "quantize_keys"
 INT8 = FORMATS["int8"]
+# Of a channel's variance, in squared means: float32 sums of squares cannot tell less from rounding.
+LEAST_VARIANCE = 2.0**-20
 B, H, T, D, nK, b_k, b_len = symbols("B Hkv T D nK b_k b_len")
 
 
@@ -35,14 +41,17 @@ def reference(k, kv_len, block_size):
     lengths = key_lengths(kv_len, k)
     padding = (torch.arange(tokens, device=k.device) >= lengths[:, None])[:, None, :, None]
     k = k.float().masked_fill(padding, 0)
-    mean = k.sum(2, keepdim=True) / lengths.clamp(min=1)[:, None, None, None]
-    k = (k - mean).masked_fill(padding, 0)
+    count = lengths.clamp(min=1)[:, None, None, None]
+    mean, square = k.sum(2, keepdim=True) / count, (k * k).sum(2, keepdim=True) / count
+    variance = torch.maximum(square - mean * mean, mean * mean * LEAST_VARIANCE).clamp(min=TINY_AMAX)
+    smooth = variance.sqrt().sqrt()
+    k = ((k - mean) * (1 / smooth)).masked_fill(padding, 0)
     blocks = blocks_of(tokens, block_size)
     k = torch.nn.functional.pad(k, (0, 0, 0, blocks * block_size - tokens)).unflatten(2, (blocks, block_size))
     amax = k.abs().amax((-2, -1)).clamp(min=TINY_AMAX) if k.numel() else k.new_zeros((batch, heads, blocks))
     qmax = amax.new_full((), INT8.qmax)  # as a tensor: a quotient with a Python number is a product with a reciprocal
     codes = INT8.encode(k * (qmax / amax)[..., None, None])
-    return codes.flatten(2, 3)[:, :, :tokens].contiguous(), amax / qmax
+    return codes.flatten(2, 3)[:, :, :tokens].contiguous(), amax / qmax, smooth.squeeze(2)
 
 
 def fake(k, kv_len, block_size):
@@ -50,6 +59,7 @@ def fake(k, kv_len, block_size):
     return (
         k.new_empty(k.shape, dtype=INT8.dtype),
         k.new_empty((batch, heads, blocks_of(tokens, block_size)), dtype=torch.float32),
+        k.new_empty((batch, heads, k.shape[3]), dtype=torch.float32),
     )
 
 
@@ -60,9 +70,9 @@ def bind(k, kv_len, block_size):
 
 
 define_op(
-    "quantize_keys(Tensor k, Tensor? kv_len, int block_size) -> (Tensor kq, Tensor k_scale)",
+    "quantize_keys(Tensor k, Tensor? kv_len, int block_size) -> (Tensor kq, Tensor k_scale, Tensor smooth)",
     check=check,
     reference=reference,
     fake=fake,
-    cost=OpCost(flops=0 * B, bytes=B * H * (T * D * (b_k + 1) + 4 * nK) + B * b_len, bind=bind),
+    cost=OpCost(flops=0 * B, bytes=B * H * (T * D * (b_k + 1) + 4 * nK + 4 * D) + B * b_len, bind=bind),
 )

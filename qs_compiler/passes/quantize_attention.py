@@ -2,8 +2,8 @@
 
 Before:  sparse = torch.ops.quantsparse.sparse_attention.default(q, k, v, None, None, None, ...)
 
-After:   q8 = torch.ops.quantsparse.quantize_rows.default(q, None, None, 'int8')       # a scale per token
-         k8 = torch.ops.quantsparse.quantize_keys.default(k, kv_len, 128)              # k - mean(k), a scale per block
+After:   k8 = torch.ops.quantsparse.quantize_keys.default(k, kv_len, 128)              # a scale per block
+         q8 = torch.ops.quantsparse.quantize_rows.default(q * k8[2], None, None, 'int8')  # a scale per token
          v8 = torch.ops.quantsparse.pack_values.default(v, kv_len)                     # 'int8-fp8' only
          sparse = torch.ops.quantsparse.sparse_attention.default(q8[0], k8[0], v8[0], q8[1], k8[1], v8[1], ...)
 
@@ -79,15 +79,22 @@ class QuantizeAttention(GraphPass):
         """Codes and scales in the place of q, k and v."""
         q, k, v = node.args[:3]
         kv_len = node.args[8]
+        *keys, smooth = splice(graph, node, qs.quantize_keys.default, k, kv_len, context.recipe.block_size)
         operands = (
-            splice(graph, node, qs.quantize_rows.default, q, None, None, "int8"),
-            splice(graph, node, qs.quantize_keys.default, k, kv_len, context.recipe.block_size),
+            splice(graph, node, quantize_queries, q, smooth),
+            keys,
             splice(graph, node, qs.pack_values.default, v, kv_len)
             if context.recipe.attention == "int8-fp8"
             else (v, None),
         )
         codes, scales = zip(*operands, strict=True)
         node.args = (*codes, *scales, *node.args[6:])
+
+
+def quantize_queries(q: torch.Tensor, smooth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes and scales per token of q (B, H, S, D), for the keys that `smooth` (B, Hkv, D) evens out."""
+    groups = q.unflatten(1, (smooth.shape[1], -1)).float() * smooth[:, :, None, None]
+    return qs.quantize_rows.default(groups.flatten(1, 2), None, None, "int8")
 
 
 def why_not(node: fx.Node, context: PassContext) -> str | None:

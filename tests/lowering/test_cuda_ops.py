@@ -94,12 +94,13 @@ def test_quantize_keys_reads_each_block_in_one_kernel(tmp_path):
         return quantsparse.quantize_keys(k, kv_len, BLOCK)
 
     args = torch.randn(2, 75, 3, 16).to(bf16).transpose(1, 2) + 3, torch.tensor([75, 40])
-    text, (codes, scales) = generated(function, args, tmp_path)
-    # The sum over the tokens with its quotient; the maxima with their scales and codes.
+    text, (codes, *scales) = generated(function, args, tmp_path)
+    # The sums over the tokens with what is made of them; the maxima with their scales and codes.
     assert len(kernel_sources(text)) == 2
-    wanted, wanted_scales = function(*args)
+    wanted, *wanted_scales = function(*args)
     assert codes.dtype == torch.int8 and (codes.int() - wanted.int()).abs().max() <= 1  # sums in another order
-    assert_close(scales, wanted_scales)
+    for scale, wanted_scale in zip(scales, wanted_scales, strict=True):
+        assert_close(scale, wanted_scale)
 
 
 def test_references_on_cuda_are_reported():
