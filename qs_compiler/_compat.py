@@ -34,6 +34,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "can_use_tma": ("torch._inductor.utils", "can_use_tma"),
     "get_num_sms": ("torch._inductor.utils", "get_num_sms"),
     "persistent_mm_grid": ("torch._inductor.kernel.mm_common", "persistent_mm_grid"),
+    "compile_fx": ("torch._inductor.compile_fx", "compile_fx"),
     # packages of exported programs
     "aoti_compile_and_package": ("torch._inductor", "aoti_compile_and_package"),
     "aoti_load_package": ("torch._inductor", "aoti_load_package"),
@@ -406,6 +407,8 @@ def compile_graph(
     """
     from torch._inductor.compile_fx import compile_fx
 
+    from .lowering.decompositions import decompositions
+
     if _EAGER_GRAPHS.get():
         return module.forward
     _name_constants(module)
@@ -413,11 +416,11 @@ def compile_graph(
         # Dynamo knows nothing of the appended inputs; left to AOTAutograd, their sizes would become symbols.
         fake_mode = torch._guards.TracingContext.get().fake_mode
         examples = [from_fake(t, fake_mode) if is_fake(t) else t for t in inputs]
-        return compile_fx(module, examples, config_patches=patches)
+        return compile_fx(module, examples, config_patches=patches, decompositions=decompositions())
     fake_mode = FakeTensorMode()
     fakes = [from_fake(t, fake_mode) if isinstance(t, torch.Tensor) else t for t in inputs]
     with torch._guards.tracing(None), torch._guards.compile_context(None):
-        return compile_fx(module, fakes, config_patches=patches)
+        return compile_fx(module, fakes, config_patches=patches, decompositions=decompositions())
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qs_compiler import _compat
 from qs_compiler.lowering import register_lowerings
+from qs_compiler.lowering.decompositions import decompositions
 
 SHARED_MEMORY = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448}
 
@@ -131,7 +132,7 @@ def cuda_code(function, *args, capability=(9, 0), dynamic=(), config=None) -> st
         with fake_mode:
             symbols = {size: _compat.symbolic_size(fake_mode.shape_env, size) for size in dynamic}
             fakes = [on_cuda(a, symbols) for a in args]
-            graph = make_fx(function, decomposition_table=_compat.select_decomp_table())(*fakes)
+            graph = make_fx(function, decomposition_table=decompositions())(*fakes)
         lowering = _compat.GraphLowering(graph, example_inputs=fakes, shape_env=fake_mode.shape_env, is_inference=True)
         with (
             _compat.V.set_debug_handler(_compat.DebugContext()),

@@ -12,6 +12,10 @@ RELATIVE_ERROR = {
 # Where an int8 or fp8 kernel also rounds the softmax weights, to 3 bits of mantissa: at most 2^-4 an element.
 FP8_WEIGHTS_ERROR = 6e-2
 
+# tanh.approx.f32 is off by 2^-11 of its result (PTX ISA), so GELU(y) = y / 2 * (1 + tanh) by 2^-12 |y|: an eighth of
+# half a step of bf16 at y, and a thirty-second of a step of int8 in a row whose largest value is |y|.
+TANH_GELU_ERROR = 2**-12
+
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """||actual - expected|| / ||expected|| in float64, over the finite entries; the others must agree exactly."""

@@ -1,4 +1,4 @@
-"""How Inductor lowers the ops of the `quantsparse` library: one lowering a file, of the same stem as its op."""
+"""How Inductor lowers the ops of the `quantsparse` library, and GELU: one lowering a file, named like its op."""
 
 if __name__ != "qs_compiler.lowering":
     raise ImportError("import qs_compiler.lowering: the top-level lowering/ is a link for readers")
@@ -15,6 +15,7 @@ LOWERINGS = (
     "dequantize",
     "expand_w4",
     "fetch",
+    "gelu",
     "linear",
     "low_rank",
     "pack_values",

@@ -50,6 +50,10 @@ def lower_linear(xq, xs, wq, ws, bias, dtype):
     if (reason := why_not(xq)) is not None:
         return call_reference(OP, reason, xq, xs, wq, ws, bias, dtype)
     rows = math.prod(lead)
+    # Laid out before it is seen as a matrix: Inductor may pad the strides of a batch, and then has to copy.
+    if len(lead) > 1:
+        xq = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(xq))
+        xq = xq if isinstance(xq, ir.TensorBox) else ir.TensorBox(xq)
     return L.view(template_product(L.view(xq, [rows, depth]), L.view(xs, [rows]), wq, ws, bias, dtype), size)
 
 
@@ -78,13 +82,14 @@ def template_product(xq, xs, wq, ws, bias, dtype):
     rows, columns = xq.get_size()[0], wq.get_size()[0]
     # A descriptor made on the device needs memory that generated C++ does not give it in every version.
     tma = can_use_tma(nodes[0], nodes[2]) and not cpp_wrapper_active()
+    config, programs = tile_config(size_hint(rows), tma)
     return select_template(
         "quantsparse_linear",
         TEMPLATE,
-        [tile_config(size_hint(rows), tma)],
+        [config],
         nodes,
         ir.FixedLayout(xq.get_device(), dtype, [rows, columns]),
-        NUM_SMS=get_num_sms(),
+        NUM_SMS=programs * get_num_sms(),
         INT8=xq.get_dtype() == torch.int8,
         HAS_BIAS=bias is not None,
         OUT=triton_dtype(dtype),
@@ -92,16 +97,22 @@ def template_product(xq, xs, wq, ws, bias, dtype):
     )
 
 
-def tile_config(rows: int, tma: bool) -> dict:
-    """Tile sizes for `rows` rows: one choice, since every choice would be benchmarked."""
-    if rows <= 64:
-        return tile(64, 128, 128, stages=3, warps=4, flatten=False)
-    if tma:
-        return tile(128, 256 if rows > 1024 else 128, 128, stages=3, warps=8, flatten=True)
-    return tile(128, 128, 64, stages=3, warps=8, flatten=False)
+def tile_config(rows: int, tma: bool) -> tuple[dict, int]:
+    """Tile sizes for `rows` rows and the programs of a multiprocessor: one choice, every one would be benchmarked.
+
+    A large tile reads least from the cache; few rows do not fill the device with them, and then
+    two smaller programs on each multiprocessor hide each other's epilogue and first loads.
+    """
+    if not tma:
+        return tile(64, 128, 128, stages=3, warps=4) if rows <= 64 else tile(128, 128, 64, stages=3, warps=8), 1
+    if rows <= 512:
+        return tile(64, 128, 128, stages=4, warps=4), 2
+    if rows <= 2048:
+        return tile(128, 128, 128, stages=3, warps=4), 2
+    return tile(128, 256, 128, stages=3, warps=8, flatten=True), 1
 
 
-def tile(m: int, n: int, k: int, *, stages: int, warps: int, flatten: bool) -> dict:
+def tile(m: int, n: int, k: int, *, stages: int, warps: int, flatten: bool = False) -> dict:
     """The template's arguments for one tile size."""
     return {
         "BLOCK_M": m,

@@ -44,6 +44,12 @@ class Libdevice:
         return tl.exp(x)
 
     @staticmethod
+    def erf(x):
+        import triton.language as tl
+
+        return tl.erf(x)
+
+    @staticmethod
     def rsqrt(x):
         import triton.language as tl
 

@@ -9,7 +9,7 @@ from tests.fake_h100 import SHARED_MEMORY, cuda_code
 from tests.kernel_text import compile_offline, kernel_sources
 from tests.lowering.compiled import gate_joins_product, library_calls
 from tests.lowering.interpret import interpret
-from tests.tolerances import assert_close
+from tests.tolerances import TANH_GELU_ERROR, assert_close
 
 quantsparse = torch.ops.quantsparse
 fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
@@ -127,3 +127,36 @@ def test_float8_falls_back_where_the_device_has_none():
     assert [op for op, _ in fallbacks] == ["quantize_rows", "linear"]
     assert all("compute capability 8.9, this device has 8.0" in reason for _, reason in fallbacks)
     assert "torch.ops.quantsparse.linear.default" in library_calls(text)
+
+
+def test_gelu_takes_the_hardware_tanh_behind_a_quantised_linear_alone(tmp_path):
+    def function(xq, xs, wq, ws, x):
+        y = quantsparse.linear(xq, xs, wq, ws, None, bf16).view(5, 13, 33)
+        return gelu(y, approximate="tanh"), gelu(y), gelu(x, approximate="tanh")
+
+    args = *operands(65, 33, 96), torch.randn(7, 7).to(bf16)
+    text = cuda_code(function, *args)
+    sources = kernel_sources(text).values()
+    product = next(s for s in sources if "code_product" in s)
+    other = next(s for s in sources if "libdevice.tanh" in s)
+    assert product.count("tanh.approx.f32") == 1 and "libdevice.tanh" not in product
+    assert "tanh.approx" not in other
+    y = quantsparse.linear(*args[:4], None, bf16).view(5, 13, 33).double()
+    exact = gelu(y, approximate="tanh")
+    rounding = 2**-8 * exact.abs()
+    got, _, plain = interpret([(text, args)], tmp_path)[0]
+    error = (got.double() - exact).abs()
+    assert (error <= TANH_GELU_ERROR * y.abs() + rounding + 1e-6).all() and (error > rounding + 1e-6).any()
+    assert_close(plain, function(*args)[2])
+
+
+def test_variance_is_a_mean_of_squares():
+    """Welford's update divides at every element."""
+
+    def function(x, weight, bias):
+        return (layer_norm(x, (3072,), weight, bias),)
+
+    with torch.device("meta"):
+        args = torch.empty(40_000, 3072, dtype=bf16), torch.empty(3072, dtype=bf16), torch.empty(3072, dtype=bf16)
+    [source] = kernel_sources(cuda_code(function, *args)).values()
+    assert "welford" not in source and "rsqrt" in source
