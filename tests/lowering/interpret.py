@@ -1,32 +1,44 @@
 """Run generated CUDA code on CPU tensors: Triton kernels in Triton's interpreter, everything else eagerly.
 
-Triton decides between compiler and interpreter when it is imported, so `interpret` starts a new process, which runs
-this file. The numbers are those of the generated text itself: kernels, epilogues, layouts and the order of the calls.
+Triton decides between compiler and interpreter when it is imported, so `interpret` works in a process of its own, which
+serves all tests. The numbers are those of the generated text itself: kernels, epilogues, layouts, order of the calls.
 """
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from tests.kernel_text import constexpr_parameters, import_kernel
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 def interpret(cases, folder: Path) -> list:
     """Results of [(generated code, CPU arguments)], each a list of tensors."""
     torch.save(cases, folder / "cases.pt")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.lowering.interpret", str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-6000:]
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):  # of the process that may start now
+        interpreter().submit(run_cases, folder).result(timeout=600)
     return torch.load(folder / "results.pt")
+
+
+@functools.cache
+def interpreter() -> ProcessPoolExecutor:
+    """One process, started by the first call that it is given."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=prepare)
+
+
+def prepare() -> None:
+    """What the process of `interpreter` does first."""
+    import qs_compiler.ops  # noqa: F401  (ops that the generated code calls)
+    from tests.lowering import interpreter_fixes
+
+    interpreter_fixes.apply()
 
 
 class Libdevice:
@@ -125,14 +137,7 @@ def run_on_cpu(code: str, args: list, folder: Path) -> list:
     return list(scope["call"](list(args)))
 
 
-def main(folder: Path) -> None:
-    import qs_compiler.ops  # noqa: F401  (ops that the generated code calls)
-    from tests.lowering import interpreter_fixes
-
-    interpreter_fixes.apply()
+def run_cases(folder: Path) -> None:
+    """Run what `interpret` saved; in the process of `interpreter`."""
     cases = torch.load(folder / "cases.pt")
     torch.save([run_on_cpu(code, args, folder) for code, args in cases], folder / "results.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
