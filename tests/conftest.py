@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-# pytest listens to loggers that do not propagate; for torch that is a wish for a trace of all that it compiles, which it
-# then writes: every graph, every stack. A logger that propagates has no handler of its own, and torch stays quiet.
+# pytest listens to loggers that do not propagate. Torch takes that for a wish to have every graph and stack of its
+# compiles written down, a sixth of the suite's time. It leaves a logger alone that propagates and has no handler.
 logging.getLogger("torch.__trace").propagate = True
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = r"(0\.\d+)"
@@ -50,7 +51,8 @@ def test_every_example_is_run() -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_example(name: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": cache_dir()}  # else TMPDIR would move them, and C++ headers compile anew
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), **caches}
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

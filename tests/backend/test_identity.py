@@ -5,6 +5,7 @@ Every way of compiling is held, dense and sparse, over two videos, against the s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -59,12 +60,19 @@ def denoise(model: nn.Module, seed: int) -> list[torch.Tensor]:
 def reference(
     seed: int, video: int, recipe: dict, change: Callable[[nn.Module], None] | None = None, way: Compile = whole
 ) -> list[torch.Tensor]:
-    """The video from a model that nothing else has touched."""
+    """The video from a model that nothing else has touched; made once for all tests."""
+    return _reference(seed, video, tuple(recipe.items()), change, way)
+
+
+@functools.cache
+def _reference(
+    seed: int, video: int, recipe: tuple, change: Callable[[nn.Module], None] | None, way: Compile
+) -> list[torch.Tensor]:
     torch._dynamo.reset()
     model = make(seed)
     if change is not None:
         change(model)
-    out = denoise(way(model, recipe), video)
+    out = denoise(way(model, dict(recipe)), video)
     torch._dynamo.reset()
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import diffusers
@@ -43,6 +44,7 @@ def calls_since(count: int, blocks: bool = False) -> dict[str, int]:
     return total
 
 
+@functools.cache
 def fresh(name: str, **call: object) -> torch.Tensor:
     """A video from a pipeline that has made no other."""
     torch._dynamo.reset()
