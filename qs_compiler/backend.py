@@ -95,7 +95,7 @@ class GraphCompiler:
         self.dump = GraphDump(options.debug_dir, self.report)
 
     def compile(self) -> Callable[..., Any]:
-        """Compile the dense phase now; refresh and sparse follow before the first step that needs them."""
+        """Compile the dense phase now; refresh and sparse follow in the first forward of a run that will need them."""
         dense = self._variant(Phase.DENSE, self.capture.copy(), self.example_inputs, own_context=False)
         self._summarise(dense)
         return CompiledGraph(dense, self.build, self.capture, self.report, self.options)

@@ -82,7 +82,7 @@ class CompiledGraph:
         step = None if signal is None else self._schedule.refresh_step(signal.step, signal.num_steps)
         if signal is None or step is None:
             if signal is not None:
-                self._place(signal, args, final=False)
+                self._prepare(signal, args)
             return self._run(self.dense, args, Frame())
         on_host = self._place(signal, args, final=True)
         refresh, sparse = self._phases(args, on_host)
@@ -135,23 +135,30 @@ class CompiledGraph:
             raise UnsupportedError(text)
         warnings.warn(text, stacklevel=3)
 
+    def _prepare(self, signal: Signal, args: Sequence[Any]) -> None:
+        """In a dense step: compile what later steps of this run will run, so that none of them waits for it."""
+        on_host = self._place(signal, args, final=False)
+        if self._schedule.first_refresh(signal.num_steps) < signal.num_steps:
+            self._phases(args, on_host)
+
     def _place(self, signal: Signal, args: Sequence[Any], *, final: bool) -> bool:
         """Whether the caches of this call lie in host memory; decided at the first refresh of a branch.
 
-        A first look before (`final=False`) lets caches which fit nowhere be refused at the first step of a video.
+        A look before (`final=False`) foretells it, so that caches which fit nowhere are refused at the first step.
         """
         sizes = tuple(args[i] for i in self._sizes)
         anchor = args[self.dense.sites[0].anchor]
         key, places = (id(self), id(anchor), signal.branch, sizes), signal.video.on_host
-        if key not in places or (final and places[key] is None):
+        place, settled = places.get(key, (False, False))
+        if key not in places or (final and not settled):
             if sizes not in self._demands:
                 self._demands[sizes] = self._demand(args)
             demand = self._demands[sizes]
             used = sum(entry.device_bytes for entry in signal.video.caches.values())
             place = belongs_on_host(demand, anchor.device, self._budget, used, self._cuda_graphs)
-            places[key] = place if final else None
+            places[key] = (place, final)
             self._report.cache_bytes, self._report.cache_place = demand.total, "host" if place else "device"
-        return bool(places[key])
+        return place
 
     def _demand(self, args: Sequence[Any]) -> Demand:
         """What a branch keeps, from the recipe and the shapes of this call."""
@@ -163,7 +170,7 @@ class CompiledGraph:
         return Demand(layers, pinned, largest, f"{self._recipe}, cache_format {self._recipe.cache_format}")
 
     def _phases(self, args: Sequence[Any], on_host: bool) -> tuple[Variant, Variant]:
-        """Refresh and sparse for the shapes of this call; both are compiled before the first step that needs one."""
+        """Refresh and sparse for the shapes of this call, compiled when one of them is first asked for or foreseen."""
         key = (on_host, *(args[i] for i in self._sizes))
         with self._lock:
             if key not in self._variants:

@@ -30,15 +30,15 @@ class Video:
         number: counter, unique in the process.
         num_steps: length of the run, or None where it is unknown.
         caches: (anchor id, ordinal, branch, occurrence) -> CacheEntry.
-        on_host: (graph, first anchor's id, branch, sizes) -> whether the caches of that call lie in host
-            memory; None before the first refresh.
+        on_host: (graph, first anchor's id, branch, sizes) -> whether the caches of that call lie in host memory, and
+            whether that is settled; before the first refresh it is a forecast.
     """
 
     def __init__(self, num_steps: int | None) -> None:
         self.number = next(_VIDEO_NUMBERS)
         self.num_steps = num_steps
         self.caches: dict[tuple[Any, ...], CacheEntry] = {}
-        self.on_host: dict[tuple[Any, ...], bool | None] = {}
+        self.on_host: dict[tuple[Any, ...], tuple[bool, bool]] = {}
         self._seen: dict[Hashable, tuple[int, int]] = {}
         self._call = 0
 

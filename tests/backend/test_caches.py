@@ -104,6 +104,20 @@ def test_host_memory_compiled(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.usefixtures("eager_graphs")
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_where_caches_will_lie_is_foreseen_when_the_phases_are_compiled(
+    place: str, request: pytest.FixtureRequest
+) -> None:
+    if place == "host":
+        request.getfixturevalue("on_host")
+    denoise({**RECIPE, "warmup": 0.3})
+    report = qs.reports()[-1]
+    assert report.calls == {"dense": 3, "refresh": 2, "sparse": 5} and report.cache_place == place
+    compiled = [p.phase for p in report.passes if p.name == "quantize_linear"]
+    assert compiled == ["dense", "refresh", "sparse"], "each once: what was foreseen is what the refresh found"
+
+
+@pytest.mark.usefixtures("eager_graphs")
 def test_caches_that_fit_nowhere_are_refused_at_the_first_step() -> None:
     model = torch.compile(make(), backend="quantsparse", options={"recipe": RECIPE, "warmup": 0.5, "memory_budget": 9})
     with qs.denoising(model, 8) as run:

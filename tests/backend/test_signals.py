@@ -44,6 +44,30 @@ def test_one_branch() -> None:
     assert phases() == {"dense": 0, "refresh": 2, "sparse": 4}
 
 
+def built() -> list[str]:
+    """The phases that were compiled, in their order."""
+    return [p.phase for p in qs.reports()[-1].passes if p.name == "sparsify_attention"]
+
+
+@pytest.mark.filterwarnings(NO_SIGNAL)
+def test_every_phase_of_a_run_is_compiled_in_its_first_step() -> None:
+    model = compiled(warmup=0.5)
+    model(**clip(6, 1)[0])  # nobody says that more than a dense forward will come
+    assert built() == ["dense"]
+    with qs.denoising(model, STEPS) as run:
+        for i, inputs in enumerate(clip(7, STEPS)):
+            run.step(i)
+            with torch.compiler.set_stance("fail_on_recompile"):
+                model(**inputs)
+            assert built() == ["dense", "refresh", "sparse"]
+            assert phases()["dense"] == 1 + min(i + 1, 3)
+
+
+def test_a_run_of_dense_steps_alone_compiles_no_other_phase() -> None:
+    denoise(compiled(warmup=1.0), 7)
+    assert built() == ["dense"] and phases() == {"dense": STEPS, "refresh": 0, "sparse": 0}
+
+
 def test_warmup_and_interval_come_from_the_options() -> None:
     model = torch.compile(make(), backend="quantsparse", options={"recipe": RECIPE, "warmup": 0.5, "interval": 2})
     denoise(model, 7)
