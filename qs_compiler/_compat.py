@@ -286,6 +286,17 @@ def tensor_constants(module: fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
     return [(name, value) for name, value in found if isinstance(value, torch.Tensor)]
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a node of a traced graph returns a view of its input, or several."""
+    if node.target is operator.getitem:
+        return is_view(node.args[0])
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or not op.is_view or op is torch.ops.aten.contiguous.default:
+        return False
+    value = node.meta["val"][0] if isinstance(node.meta["val"], (tuple, list)) else node.meta["val"]
+    return value.dtype == node.all_input_nodes[0].meta["val"].dtype  # a cast is declared a view of what it may return
+
+
 def calls(module: fx.GraphModule, target: Any) -> bool:
     """Whether a graph, or a body that it calls, calls `target`."""
     graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]

@@ -7,6 +7,14 @@ After:   invoke_subgraph = torch.ops.higher_order.invoke_subgraph(submod_1, "qua
 
 The flat graph is split by the module stack of its nodes. Two blocks share a body only if their nodes, metadata,
 constants and wiring are equal; every call keeps its own weights and caches as operands.
+
+Views that a block returns are taken behind it, and its body returns what they are views of:
+
+Before:  slice_8 = torch.ops.aten.slice.Tensor(add_7, 1, 0, -256)   # in the block, returned
+After:   slice_8 = torch.ops.aten.slice.Tensor(getitem, 1, 0, -256)   # behind the call that returns add_7
+
+Inductor takes every output of a body for a buffer that begins where the output begins, and reuses it as one: of a slice
+it would write before, behind and into the other half of what the slice lies in.
 """
 
 from __future__ import annotations
@@ -36,6 +44,7 @@ class OutlineRepeatedBlocks(GraphPass):
         if context.exported:
             result.skip("the graph", "an ExportedProgram is one flat graph")
             return result
+        hoist_views(graph, assign_parts(graph, blocks))
         parts = assign_parts(graph, blocks)
         groups: dict[str, list[int]] = {}
         for part in sorted({p for p in parts.values() if p % 2}):
@@ -100,6 +109,35 @@ def assign_parts(graph: fx.Graph, blocks: dict[tuple[str, str], int]) -> dict[fx
     return parts
 
 
+def hoist_views(graph: fx.Graph, parts: dict[fx.Node, int]) -> None:
+    """Take the views that leave a block behind it, so that what leaves it are buffers that it computes."""
+    blocks: dict[int, list[fx.Node]] = {}
+    for node, part in parts.items():
+        if part % 2:
+            blocks.setdefault(part, []).append(node)
+    for nodes in blocks.values():
+        inside, behind, copies = set(nodes), nodes[-1].next, dict[fx.Node, fx.Node]()
+        leaving = [n for n in nodes if _compat.is_view(n) and not inside.issuperset(n.users)]
+        for node in leaving:
+            new = _copy_behind(node, inside, behind, copies)
+            node.replace_all_uses_with(new, lambda user: user not in inside)  # noqa: B023
+        for node in reversed(nodes):
+            if not node.users and (node in copies or _compat.is_view(node)):
+                graph.erase_node(node)
+
+
+def _copy_behind(node: fx.Node, inside: set[fx.Node], behind: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A view of a block, or a size that it reads, taken again before the node `behind`; any other node as it is."""
+    if node not in inside or not (_compat.is_view(node) or isinstance(node.meta.get("val"), torch.SymInt)):
+        return node
+    if node not in copies:
+        with node.graph.inserting_before(behind):
+            new = node.graph.node_copy(node, lambda n: _copy_behind(n, inside, behind, copies))
+        new.meta = {key: value for key, value in node.meta.items() if key != "nn_module_stack"}
+        copies[node] = new
+    return copies[node]
+
+
 def canonical(nodes: list[fx.Node]) -> str:
     """Hash of a part's nodes: targets, constants, wiring, and the metadata of values, inputs included."""
     inside = {n: i for i, n in enumerate(nodes)}
@@ -128,7 +166,7 @@ class _Label(str):
 
 def _metadata(value: object) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{list(value.shape)}{list(value.stride())}{value.device}"
+        return f"{value.dtype}{list(value.shape)}{list(value.stride())}{value.storage_offset()}{value.device}"
     if isinstance(value, (tuple, list)):
         return "(" + ",".join(_metadata(v) for v in value) + ")"
     return repr(value)

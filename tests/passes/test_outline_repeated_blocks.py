@@ -1,0 +1,94 @@
+"""outline_repeated_blocks: which blocks share a body, and that what a body returns can be anybody's to overwrite."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import qs_compiler as qs
+from qs_compiler import _compat
+from qs_compiler.passes.outline_repeated_blocks import OutlineRepeatedBlocks
+from tests.passes.conftest import targets
+from tests.tolerances import relative_error
+
+VIDEO, TEXT, WIDTH = 96, 16, 32
+
+
+class Joint(nn.Module):
+    """Works on video and text tokens together and returns both parts, as HunyuanVideo's single blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, video: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.cat([video, text], dim=1)
+        x = x + self.down(self.up(x))
+        return x[:, :VIDEO], x[:, VIDEO:]
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Joint() for _ in range(blocks))
+
+    def forward(self, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        video, text = video + 1, text + 1
+        for block in self.blocks:
+            video, text = block(video, text)
+        return video
+
+
+def make(blocks: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Model(blocks).eval(), (torch.randn(1, VIDEO, WIDTH), torch.randn(1, TEXT, WIDTH))
+
+
+def test_bodies_return_whole_buffers_and_share_where_inputs_lie_alike(context) -> None:
+    model, args = make(4)
+    ctx = context(model, args, recipe="off")
+    result = OutlineRepeatedBlocks().run(ctx.capture.module.graph, ctx)
+    module = ctx.capture.module
+    _compat.finish_graph(module)
+    # The first block reads buffers, the others parts of one. That the last one's text is not used makes no difference.
+    assert result.matched == 3
+    assert result.skipped == [("('blocks.0', 'Joint')", "no other block has the same graph")]
+    (body,) = {call.args[0].target for call in module.graph.nodes if "invoke_subgraph" in str(call.target)}
+    (output,) = module.get_submodule(body).graph.find_nodes(op="output")
+    assert [str(n.target) for n in output.args[0]] == ["aten.add.Tensor"]
+    torch.testing.assert_close(module(*_inputs(ctx, model, args))[0], model(*args))
+
+
+def test_a_chain_of_views_and_the_split_that_it_reads_leave_together(context) -> None:
+    class Splitting(Joint):
+        def forward(self, video: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = torch.cat([video, text], dim=1)
+            x = x + self.down(self.up(x))
+            video, text = x.split([VIDEO, TEXT], dim=1)
+            return video.transpose(1, 2).transpose(1, 2), text
+
+    model, args = make(3)
+    model.blocks = nn.ModuleList(Splitting() for _ in range(3)).eval()
+    ctx = context(model, args, recipe="off")
+    assert OutlineRepeatedBlocks().run(ctx.capture.module.graph, ctx).matched == 2
+    _compat.finish_graph(ctx.capture.module)
+    for name, body in ctx.capture.module.named_children():
+        if not any("cat" in op for op in targets(body.graph)):
+            continue
+        assert not {"split", "transpose", "getitem"} & {op.split(".")[1] for op in targets(body.graph)}, name
+    torch.testing.assert_close(ctx.capture.module(*_inputs(ctx, model, args))[0], model(*args))
+
+
+def test_compiled_blocks_that_return_parts_of_a_buffer() -> None:
+    model, args = make(4)
+    with torch.no_grad():
+        want = model(*args)
+        got = torch.compile(model, backend="quantsparse", options={"recipe": "off"}, fullgraph=True)(*args)
+    assert qs.reports()[-1].passes[-1].matched == 3
+    assert relative_error(got, want) < 1e-6
+
+
+def _inputs(ctx, model: nn.Module, args: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """The graph's inputs: parameters by name, then what the caller passes."""
+    given, tensors = iter(args), dict(model.named_parameters())
+    return [tensors[x.name] if x.owned else next(given) for x in ctx.capture.inputs]
