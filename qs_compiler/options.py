@@ -74,7 +74,8 @@ class Recipe:
         warmup: fraction of the first steps that runs dense.
         refresh_steps: instead of both, the steps that refresh, ascending; those before the first run dense.
         keep: name patterns (fnmatch) of layers that stay in 16 bit.
-        overrides: name pattern -> {"format": ..., "density": ...}; later patterns win, `keep` wins over all.
+        overrides: name pattern -> {"format": ..., "density": ...}; later patterns win, `keep` wins over all. A format
+            for storage alone (`w8a16`, `w4a16`) reaches the linears outside of the repeated blocks too.
         group_size: weights that share one int4 multiplier.
 
     Raises:
@@ -182,6 +183,11 @@ class Recipe:
     def activation_format(self) -> str:
         """What the input of a linear is quantised to: "int8", "fp8", "int6", "int4" or "none"."""
         return FORMATS[self.format].activation
+
+    @property
+    def stored_only(self) -> bool:
+        """Whether weights are low-bit in storage alone and compute in 16 bit."""
+        return self.weight_format is not None and self.activation_format == "none"
 
     def for_layer(self, name: str) -> Recipe:
         """The recipe of the layer called `name`, with `keep` and `overrides` applied and dropped."""

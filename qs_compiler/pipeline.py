@@ -93,16 +93,22 @@ def compile_attached(module: nn.Module, options: BackendOptions) -> None:
 
 
 def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
-    """Linears that `recipe` compresses -> the recipe of each: those of the repeated blocks, or all if none repeat."""
+    """Linears that `recipe` compresses -> the recipe of each: those of the repeated blocks, or all if none repeat.
+
+    Outside of the blocks (embedders, the last projection) those too that an override only stores low-bit: `w8a16`,
+    `w4a16`.
+    """
     keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     lists = repeated_lists(model)
     planned = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is not nn.Linear or (lists and not name.startswith(lists)):
+        if type(module) is not nn.Linear:
             continue
         if any(part in name.split(".") for part in keep_fp32):
             continue
         own = recipe.for_layer(name)
+        if lists and not name.startswith(lists) and not (own.stored_only and own.format != recipe.format):
+            continue
         if own.format != "off" and why_not(module.weight, own) is None:
             planned[name] = own
     return planned

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..artifact import Artifact
 from ..errors import UnsupportedError
 from ..options import Recipe
-from ..packing import PackedWeight
+from ..packing import PackedWeight, pack_weight
 from ..pipeline import repeated_lists
 from .closed_form import Compressed, compress_linears, packed_forward
 from .input_record import InputRecord, InputRecorder
@@ -97,6 +97,9 @@ class Calibration:
                     break  # what follows the last block needs no computing
                 values = targets + outputs if quantized else targets
                 calls = [walk.advance(y) for walk, y in zip(walks, values, strict=True)]
+        for name, own in self.plan.items():
+            if not any(_within(name, block) for block in self.blocks.values()):  # an embedder, stored alone
+                layers[name] = pack_weight(self.model.get_submodule(name).weight, own)
         metrics["never_called"] = sorted(set(self.plan) - set(layers))
         return Artifact.of(self.model, self.recipe, layers, metrics, include_rest=include_rest)
 
@@ -211,7 +214,7 @@ def _blocks(model: nn.Module, plan: Mapping[str, Recipe]) -> dict[nn.Module, str
     lists = repeated_lists(model)
     if not lists:
         return {model: ""}
-    prefix_of = {n: next(prefix for prefix in lists if n.startswith(prefix)) for n in plan}
+    prefix_of = {n: prefix for n in plan for prefix in lists if n.startswith(prefix)}
     names = dict.fromkeys(prefix + n.removeprefix(prefix).partition(".")[0] for n, prefix in prefix_of.items())
     return {model.get_submodule(name): name for name in names}
 

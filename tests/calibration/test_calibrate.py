@@ -56,6 +56,21 @@ def test_it_beats_rounding_without_data_on_forwards_that_it_never_saw(name, gain
     assert compressed_error(model, artifact.layers, unseen) < gain * compressed_error(model, plain, unseen)
 
 
+def test_linears_outside_of_the_blocks_are_stored_low_bit_where_an_override_says_so():
+    model, plain = make_model(), calibrate(make_model(), rounding="nearest", rotation=None)
+    artifact = calibrate(
+        model, rounding="nearest", rotation=None, recipe={**RECIPE, "overrides": {"embed": {"format": "w8a16"}}}
+    )
+    assert artifact.layers.keys() - plain.layers.keys() == {"embed"}
+    assert artifact.layers["embed"].wq.dtype == torch.int8 and artifact.layers["embed"].activation == "none"
+    attached = qs.attach(make_model().eval(), artifact, compile=False)
+    x = make_forwards(1, seed=7)[0][0][0]
+    with torch.no_grad():
+        assert 0 < relative_error([attached.embed(x)], [model.embed(x)]) < 0.01
+    elsewhere = qs.Recipe.parse({**RECIPE, "overrides": {"*": {"format": "w8a8"}}})
+    assert plan_layers(model, elsewhere).keys() == plain.layers.keys(), "what computes in 8 bit lies in the blocks"
+
+
 @pytest.mark.parametrize(
     "options",
     [
