@@ -2,9 +2,11 @@
 
 Weights are random, so this is about time and memory alone. Every phase is timed with CUDA events over a few steps and
 the whole run is the schedule's sum of them (`--steps`, as the pipeline calls the model; twice a step under guidance).
-Writes benchmarks/results/end_to_end.json.
+Each row is measured in a process of its own, within `--limit` seconds; what benchmarks/results/end_to_end.json holds
+already for this card is not measured again. `--cold` compiles into an empty cache first and reports both starts.
 
-    python benchmarks/end_to_end.py --model wan-1.3b --recipes w8a8 w8a8-d40 w8a8-d15
+    python benchmarks/end_to_end.py --model wan-1.3b --anchors best --recipes w8a8-d40 --limit 280
+    python benchmarks/end_to_end.py --model small --device cpu --anchors eager --recipes w8a8-d40   # to try it
 """
 
 from __future__ import annotations
@@ -12,25 +14,23 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import gc
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from full_models import EMBEDDERS, MODELS, build, bytes_by_class, inputs_of, trim
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qs_compiler as qs
-from qs_compiler.loading import parameters_on_meta
-from qs_compiler.packed_linear import PackedLinear
-from qs_compiler.pipeline import plan_layers, replace_linears
 from qs_compiler.runtime.schedule import Schedule
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
@@ -41,113 +41,6 @@ ANCHORS = {
     "fp8": "torchao fp8 linears, mask trimmed, cuDNN attention, inductor",
 }
 DEFAULT_SDPA = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-TOKENS = 48  # of HunyuanVideo's 256 text tokens that are no padding
-WAN = {"patch_size": (1, 2, 2), "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256}
-MODELS = {  # class, config, field that counts the blocks, latent grid (frames, height, width), calls a step
-    "wan-1.3b": (
-        diffusers.WanTransformer3DModel,
-        {**WAN, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
-        (21, 60, 104),  # 480 x 832, 81 frames
-        2,
-    ),
-    "wan-14b": (
-        diffusers.WanTransformer3DModel,
-        {**WAN, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
-        (21, 90, 160),  # 720 x 1280, 81 frames
-        2,
-    ),
-    "hunyuan": (
-        diffusers.HunyuanVideoTransformer3DModel,
-        {"num_layers": 20, "num_single_layers": 40, "guidance_embeds": True},
-        (33, 90, 160),  # 720 x 1280, 129 frames
-        1,
-    ),
-    "small": (
-        diffusers.WanTransformer3DModel,
-        {**WAN, "num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 256, "num_layers": 4, "text_dim": 64},
-        (5, 32, 32),
-        2,
-    ),
-}
-
-
-def build(
-    name: str, layers: int | None, device: str, recipe: qs.Recipe | None = None
-) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """The model with random weights, packed by `recipe` one layer after the other, and the inputs of one call."""
-    model_class, config, grid, _ = MODELS[name]
-    if layers is not None:
-        config = {**config, **{key: layers for key in ("num_layers", "num_single_layers") if key in config}}
-    torch.manual_seed(0)
-    with parameters_on_meta():
-        model = model_class(**config).eval().requires_grad_(False)
-    planned = plan_layers(model, recipe) if recipe is not None and recipe.weight_format is not None else {}
-    keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for path, module in list(model.named_modules()):
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                dtype = torch.float32 if keep & {*path.split("."), key} else torch.bfloat16
-                tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-                filled = tensor.normal_(std=0.02) if parameter.dim() > 1 or key == "bias" else tensor.fill_(1.0)
-                module._parameters[key] = torch.nn.Parameter(filled, requires_grad=False)
-        for key, buffer in module._buffers.items():
-            module._buffers[key] = None if buffer is None else buffer.to(device)
-        if path in planned:
-            replace_linears(model, {path: planned[path]})
-    text = 256 if name == "hunyuan" else 512
-    width = getattr(model.config, "text_embed_dim", None) or model.config.text_dim
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
-
-    inputs = {
-        "hidden_states": random(1, model.config.in_channels, *grid),
-        "timestep": torch.tensor([500.0], device=device),
-        "encoder_hidden_states": random(1, text, width),
-    }
-    if name == "hunyuan":
-        inputs["encoder_attention_mask"] = (torch.arange(text, device=device) < TOKENS)[None]
-        inputs["pooled_projections"] = random(1, model.config.pooled_projection_dim)
-        inputs["guidance"] = torch.tensor([6000.0], device=device)
-    return model, inputs
-
-
-def weight_bytes(model: torch.nn.Module) -> dict[str, dict[str, int]]:
-    """Bytes held and bytes in bf16, by the class of weight: modulation, other linears of the blocks, the rest."""
-    table = {kind: {"held": 0, "bf16": 0} for kind in ("modulation", "linears", "rest")}
-    for path, module in model.named_modules():
-        packed = isinstance(module, PackedLinear)
-        kind = ("modulation" if "norm" in path else "linears") if packed else "rest"
-        own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        table[kind]["held"] += sum(t.nbytes for t in own)
-        if packed:
-            table[kind]["bf16"] += 2 * (module.out_features * module.in_features)
-            table[kind]["bf16"] += 0 if module.bias is None else 2 * module.bias.numel()
-        else:
-            table[kind]["bf16"] += sum(2 * t.numel() for t in own)
-    return table
-
-
-class WithoutMask:
-    """An attention processor of HunyuanVideo that gets no mask: right where the text has no padding."""
-
-    def __init__(self, processor: Callable) -> None:
-        self.processor = processor
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        return self.processor(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
-
-
-def trim(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take the padding of the text away and with it the mask: what the best dense bf16 computes."""
-    if "encoder_attention_mask" not in inputs:
-        return inputs
-    for module in model.modules():
-        if isinstance(getattr(module, "processor", None), HunyuanVideoAttnProcessor2_0):
-            module.processor = WithoutMask(module.processor)
-    cut = {key: inputs[key][:, :TOKENS].contiguous() for key in ("encoder_hidden_states", "encoder_attention_mask")}
-    return {**inputs, **cut}
-
 
 KINDS = (  # of kernels, by what their names contain; the first that matches
     ("attention", ("attention", "flash", "fmha", "sdpa", "cudnn_generated_fort_native_sdpa")),
@@ -171,7 +64,7 @@ def breakdown(call: Callable[[], float]) -> tuple[dict, float]:
     """Milliseconds of one call by kind of kernel, what the device waited, and the longest kernels; what it returns."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         took = call()
-    spans = []
+    spans = [(0, 0)]
     kinds: dict[str, float] = collections.defaultdict(float)
     kernels: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
     for event in profile.events():
@@ -182,6 +75,7 @@ def breakdown(call: Callable[[], float]) -> tuple[dict, float]:
         kinds[kind_of(event.name)] += (stop - start) / 1e3
         kernels[event.name][0] += (stop - start) / 1e3
         kernels[event.name][1] += 1
+    spans = spans[1:] or spans
     wall = (max(stop for _, stop in spans) - min(start for start, _ in spans)) / 1e3
     longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:24]
     found = {
@@ -200,6 +94,10 @@ class Clock:
 
     def once(self) -> float:
         """Milliseconds of one call."""
+        if not torch.cuda.is_available():
+            begin = time.perf_counter()
+            self.run(**self.inputs)
+            return 1e3 * (time.perf_counter() - begin)
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         self.run(**self.inputs)
@@ -243,10 +141,16 @@ class Clock:
         return {phase: statistics.median(values) for phase, values in times.items()}, profiles
 
 
+def synchronize() -> None:
+    """Wait for the card, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def whole_run(model: torch.nn.Module, run: Callable, inputs: dict[str, torch.Tensor], steps: int, calls: int) -> float:
     """Seconds of a real denoising loop, guidance and the update of the latents included."""
     latents = inputs["hidden_states"].clone()
-    torch.cuda.synchronize()
+    synchronize()
     start = time.perf_counter()
     with qs.denoising(model, steps) as video:
         for step in range(steps):
@@ -256,7 +160,7 @@ def whole_run(model: torch.nn.Module, run: Callable, inputs: dict[str, torch.Ten
                 found.append(run(**{**inputs, "hidden_states": latents}, return_dict=False)[0])
             noise = found[0] if calls == 1 else found[1] + 5.0 * (found[0] - found[1])
             latents = latents - noise / steps
-    torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -277,102 +181,167 @@ def anchor_runner(name: str, model: torch.nn.Module) -> Callable:
     return model
 
 
+def measure_anchor(name: str, args: argparse.Namespace) -> dict:
+    """The row of a model that is not ours."""
+    model = build(args.model, args.layers, args.device)
+    inputs = inputs_of(args.model, model, args.device)
+    inputs = trim(model, inputs) if name in ("best", "fp8") else inputs
+    runner = anchor_runner(name, model)
+    first_choice = [SDPBackend.CUDNN_ATTENTION, *DEFAULT_SDPA]
+    prefer = sdpa_kernel(first_choice, set_priority=True) if name in ("best", "fp8") else contextlib.nullcontext()
+    with prefer:
+        clock = Clock(model, runner, inputs)
+        first = clock.once() / 1e3
+        phases, profiles = clock.dense(args.repeats)
+    seconds = args.steps * MODELS[args.model][3] * phases["dense"] / 1e3
+    return {"ms": phases, "run_seconds": seconds, "first_call_seconds": round(first, 1), "breakdown": profiles}
+
+
+def measure_ours(recipe: qs.Recipe, args: argparse.Namespace) -> dict:
+    """The row of a recipe."""
+    start = time.perf_counter()
+    model = build(args.model, args.layers, args.device, recipe)
+    row = {"build_seconds": round(time.perf_counter() - start, 1), "build_peak_gib": peak_gib()}
+    row |= {"weight_bytes": bytes_by_class(model), "offload": args.offload}
+    qs.attach(model, recipe=recipe, mode=args.mode)
+    if args.offload:
+        model.enable_group_offload(
+            onload_device=torch.device(args.device), offload_device=torch.device("cpu"), offload_type="block_level",
+            num_blocks_per_group=1, use_stream=args.device == "cuda",
+        )  # fmt: skip
+    clock, calls = Clock(model, model, inputs_of(args.model, model, args.device)), MODELS[args.model][3]
+    start = time.perf_counter()
+    with qs.denoising(model, 50) as video:  # all phases of the run are compiled in its first forward
+        video.step(0)
+        clock.once()
+    row["first_call_seconds"] = round(time.perf_counter() - start, 1)
+    row["compile_seconds"] = qs.reports()[-1].compile_seconds
+    if args.first_call:
+        return row
+    if recipe.density < 1:
+        row["steps"] = Schedule.of(recipe).counts(args.steps)
+        phases, profiles = clock.phases(recipe, args.repeats)
+    else:
+        row["steps"] = {"dense": args.steps}
+        phases, profiles = clock.dense(args.repeats)
+    row |= {"ms": phases, "breakdown": profiles}
+    row["run_seconds"] = sum(calls * count * phases[phase] for phase, count in row["steps"].items()) / 1e3
+    if args.whole:
+        row["whole_run_seconds"] = round(whole_run(model, model, clock.inputs, args.steps, calls), 2)
+    report = qs.reports()[-1]
+    row |= {field: getattr(recipe, field) for field in ("correction", "cache_format", "attention")}
+    told = ("fallbacks", "linears", "attentions", "cache_bytes", "cache_place")
+    return row | {name: getattr(report, name) for name in told}
+
+
+def peak_gib() -> float:
+    """The most that torch had allocated on the card so far."""
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0.0
+
+
+def measure(what: str, args: argparse.Namespace) -> dict:
+    """One row, in a process of its own."""
+    if args.memory_cap_gib is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.memory_cap_gib * 2**30 / total)
+    with torch.no_grad():
+        row = measure_anchor(what, args) if what in ANCHORS else measure_ours(recipe_of(what, args), args)
+    if args.first_call:
+        return row
+    row["ms"] = {phase: round(value, 2) for phase, value in row["ms"].items()}
+    versions = {"torch": torch.__version__, "qs_compiler": qs.__version__, "diffusers": diffusers.__version__}
+    row |= {"run_seconds": round(row["run_seconds"], 1), "peak_gib": peak_gib(), "versions": versions}
+    for phase, part in row["breakdown"].items():
+        print(" ", phase, part["ms"], "gaps", part["gaps_ms"], flush=True)
+        for kernel in part["kernels"]:
+            print("    ", *kernel, flush=True)
+    return row
+
+
+def recipe_of(name: str, args: argparse.Namespace) -> qs.Recipe:
+    """The recipe of a row, with the fields that the command line sets."""
+    given = {"attention": args.attention, "cache_format": args.cache_format}
+    given["overrides"] = EMBEDDERS if args.embedders else None
+    return qs.Recipe.parse({k: v for k, v in given.items() if v is not None}, qs.Recipe.parse(name))
+
+
+def name_of(what: str, args: argparse.Namespace) -> str:
+    """How a row is called; equal names are equal measurements."""
+    if what in ANCHORS:
+        return ANCHORS[what]
+    recipe = recipe_of(what, args)
+    extras = {"embedders int8": args.embedders, f"mode {args.mode}": args.mode, "blocks in host memory": args.offload}
+    extras[f"under {args.memory_cap_gib} GiB"] = args.memory_cap_gib
+    extras = {f"{recipe.cache_format} caches": recipe.density < 1, **extras}
+    return ", ".join([f"ours {what}, attention {recipe.attention}", *(k for k, given in extras.items() if given)])
+
+
+def in_a_process(what: str, args: argparse.Namespace, cache: str | None, *extra: str) -> dict | str:
+    """The row that another process measures, or why there is none."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, *sys.argv, "--only", what, "--only-output", file.name, *extra]
+        environment = {**os.environ, **({"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {})}
+        try:
+            code = subprocess.run(command, env=environment, timeout=args.limit).returncode
+        except subprocess.TimeoutExpired:
+            return f"not done within {args.limit} s"
+        text = Path(file.name).read_text()
+        return json.loads(text) if code == 0 and text else f"failed, exit status {code}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="wan-1.3b")
     parser.add_argument("--layers", type=int, help="blocks of each kind, to measure a part of a large model")
-    parser.add_argument("--recipes", nargs="*", default=["w8a8", "w8a8-d40", "w8a8-d15"])
+    parser.add_argument("--anchors", nargs="*", default=[], choices=ANCHORS)
+    parser.add_argument("--recipes", nargs="*", default=[])
     parser.add_argument("--attention", help="operands of attention, a field of the recipe")
     parser.add_argument("--cache-format", help="of the residual caches, a field of the recipe")
-    parser.add_argument("--anchors", nargs="*", default=[*ANCHORS], choices=ANCHORS)
+    parser.add_argument("--embedders", action="store_true", help="store the linears of the embedders in int8")
+    parser.add_argument("--mode", help="of Inductor, such as reduce-overhead")
+    parser.add_argument("--memory-cap-gib", type=float, help="what torch may allocate on the card")
+    parser.add_argument("--offload", action="store_true", help="blocks in pinned host memory, by diffusers")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=2, help="videos timed; 0: the profiled steps alone are")
     parser.add_argument("--whole", action="store_true", help="also run the whole denoising loop of each recipe")
+    parser.add_argument("--cold", action="store_true", help="compile into an empty cache first, and time both starts")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--limit", type=float, default=280, help="seconds for each row and for each cold start")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--only-output", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    calls = MODELS[args.model][3]
+    if args.only is not None:
+        args.only_output.write_text(json.dumps(measure(args.only, args)))
+        return
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     command = " ".join(["python", *sys.argv]).replace(f" --output {args.output}", "")
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
-
-    def keep(name: str, phases: dict[str, float], run_seconds: float, **more) -> None:
-        row = {"model": args.model, "layers": args.layers, "name": name, "device": torch.cuda.get_device_name()}
-        row |= {"date": date.today().isoformat(), "command": command}
-        row["ms"] = {phase: round(value, 2) for phase, value in phases.items()}
-        row |= {"run_seconds": round(run_seconds, 1), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
-        row["versions"] = {
-            "torch": torch.__version__,
-            "qs_compiler": qs.__version__,
-            "diffusers": diffusers.__version__,
-        }
-        rows.append({**row, **more})
+    failed = []
+    for what in [*args.anchors, *args.recipes]:
+        key = {"model": args.model, "layers": args.layers, "name": name_of(what, args), "device": device}
+        known = [row for row in rows if all(row[k] == v for k, v in key.items())]
+        if known and not args.again:
+            print("there already:", key["name"], flush=True)
+            continue
+        with tempfile.TemporaryDirectory() as cache:
+            shared = cache if args.cold and what not in ANCHORS else None
+            cold = in_a_process(what, args, shared, "--first-call") if shared else {}
+            row = in_a_process(what, args, shared) if isinstance(cold, dict) else cold
+        if isinstance(row, str):
+            print(f"{key['name']}: {row}", flush=True)
+            failed.append(key["name"])
+            continue
+        if shared:
+            row["cold_call_seconds"], row["cold_compile_seconds"] = cold["first_call_seconds"], cold["compile_seconds"]
+        rows = [r for r in rows if r not in known]
+        rows.append({**key, "date": date.today().isoformat(), "command": command, **row})
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-        printed = {k: v for k, v in rows[-1].items() if k not in ("versions", "command", "date", "device", "breakdown")}
-        print(json.dumps(printed), flush=True)
-        for phase, part in more.get("breakdown", {}).items():
-            print(" ", phase, part["ms"], "gaps", part["gaps_ms"], flush=True)
-            for kernel in part["kernels"]:
-                print("    ", *kernel, flush=True)
-
-    def anchor(name: str) -> None:
-        model, inputs = build(args.model, args.layers, "cuda")
-        inputs = trim(model, inputs) if name in ("best", "fp8") else inputs
-        runner = anchor_runner(name, model)
-        first_choice = [SDPBackend.CUDNN_ATTENTION, *DEFAULT_SDPA]
-        prefer = sdpa_kernel(first_choice, set_priority=True) if name in ("best", "fp8") else contextlib.nullcontext()
-        with prefer:
-            clock = Clock(model, runner, inputs)
-            first = clock.once() / 1e3
-            phases, profiles = clock.dense(args.repeats)
-        seconds = args.steps * calls * phases["dense"] / 1e3
-        keep(ANCHORS[name], phases, seconds, first_call_seconds=round(first, 1), breakdown=profiles)
-
-    def ours(name: str) -> None:
-        recipe = qs.Recipe.parse(name)
-        given = {"attention": args.attention, "cache_format": args.cache_format}
-        recipe = qs.Recipe.parse({key: value for key, value in given.items() if value is not None}, recipe)
-        start = time.perf_counter()
-        model, inputs = build(args.model, args.layers, "cuda", recipe)
-        built = {"build_seconds": round(time.perf_counter() - start, 1), "weights": weight_bytes(model)}
-        built["build_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        qs.attach(model, recipe=recipe)
-        clock = Clock(model, model, inputs)
-        start = time.perf_counter()
-        with qs.denoising(model, 3) as video:  # refresh and sparse are compiled at their first steps
-            for step in range(3 if recipe.density < 1 else 1):
-                video.step(step)
-                clock.once()
-        first = time.perf_counter() - start
-        counts = {"dense": args.steps}
-        if recipe.density < 1:
-            counts = Schedule.of(recipe).counts(args.steps)
-            phases, profiles = clock.phases(recipe, args.repeats)
-        else:
-            phases, profiles = clock.dense(args.repeats)
-        total = sum(calls * count * phases[phase] for phase, count in counts.items()) / 1e3
-        if args.whole:
-            built["whole_run_seconds"] = round(whole_run(model, model, inputs, args.steps, calls), 2)
-        report = qs.reports()[-1]
-        keep(
-            f"ours {name}, attention {recipe.attention}", phases, total, steps=counts,
-            correction=recipe.correction, cache_format=recipe.cache_format, attention=recipe.attention,
-            fallbacks=report.fallbacks, linears=report.linears, attentions=report.attentions,
-            cache_bytes=report.cache_bytes, cache_place=report.cache_place, first_call_seconds=round(first, 1),
-            compile_seconds=report.compile_seconds, breakdown=profiles, **built,
-        )  # fmt: skip
-
-    failed = []
-    with torch.no_grad():
-        for measure, name in [(anchor, n) for n in args.anchors] + [(ours, n) for n in args.recipes]:
-            torch.compiler.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                measure(name)
-            except Exception:  # one that does not run must not take the others with it
-                traceback.print_exc()
-                failed.append(name)
+        shown = ("name", "ms", "run_seconds", "whole_run_seconds", "peak_gib", "first_call_seconds")
+        print(json.dumps({k: rows[-1][k] for k in shown if k in rows[-1]}), flush=True)
     sys.exit(f"did not run: {', '.join(failed)}" if failed else 0)
 
 

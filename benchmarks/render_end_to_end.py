@@ -1,4 +1,4 @@
-"""Put the table of benchmarks/results/end_to_end.json into docs/performance.md, and draw docs/performance.png.
+"""Put the tables of end_to_end.json and sizes.json into docs/performance.md, and draw docs/performance.png.
 
 python benchmarks/render_end_to_end.py
 """
@@ -11,10 +11,12 @@ from typing import Any
 
 import matplotlib
 from end_to_end import kind_of
+from full_models import CLASSES
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "end_to_end.json"
+SIZES = ROOT / "benchmarks" / "results" / "sizes.json"
 PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.png"
 KINDS = ("attention", "linear", "quantise", "mask", "norm and elementwise", "copy", "shorter kernels", "gaps")
 
@@ -30,9 +32,28 @@ def table(rows: list[dict[str, Any]]) -> str:
         run = f"{row['run_seconds']}"
         if "whole_run_seconds" in row:
             run += f" (whole run: {row['whole_run_seconds']})"
-        cells = [row["model"], str(row["layers"] or "all"), row["name"], *phases, run, str(row["peak_gib"])]
-        lines.append("| " + " | ".join([*cells, str(row["first_call_seconds"]), row["device"]]) + " |")
+        first = f"{row['first_call_seconds']}"
+        if "cold_call_seconds" in row:
+            first += f" (cold: {row['cold_call_seconds']})"
+        cells = [row["model"], str(row["layers"] or "all"), row["name"], *phases, run, str(row["peak_gib"]), first]
+        lines.append("| " + " | ".join([*cells, row["device"]]) + " |")
     return "\n".join(lines)
+
+
+def sizes(rows: list[dict[str, Any]]) -> str:
+    """One line a model and recipe: GB by class of parameter, and how much smaller than bf16 that is."""
+    lines = [f"| model | recipe | {' | '.join(CLASSES)} | GB in all | smaller |", "|---" * (4 + len(CLASSES)) + "|"]
+    for row in rows:
+        gigabytes = [f"{row['bytes'][kind] / 1e9:.2f}" for kind in CLASSES]
+        cells = [row["model"], row["recipe"], *gigabytes, f"{row['total'] / 1e9:.2f}", f"{row['smaller']:.2f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def between(page: str, name: str, text: str) -> str:
+    """The page with `text` between `<!-- name -->` and the next `<!-- end -->`."""
+    before, _, rest = page.partition(f"<!-- {name} -->")
+    return f"{before}<!-- {name} -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
 
 
 def share(part: dict[str, Any], kind: str) -> float:
@@ -70,9 +91,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     matplotlib.use("Agg")
     rows = json.loads(RESULTS.read_text())["rows"]
-    before, _, rest = PAGE.read_text().partition("<!-- table -->")
-    _, _, after = rest.partition("<!-- end -->")
-    PAGE.write_text(f"{before}<!-- table -->\n{table(rows)}\n<!-- end -->{after}")
+    page = between(PAGE.read_text(), "table", table(rows))
+    PAGE.write_text(between(page, "sizes", sizes(json.loads(SIZES.read_text())["rows"])))
     draw(rows)
 
 
