@@ -20,9 +20,9 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from full_models import MODELS, build, inputs_of
 
 import qs_compiler as qs
-from benchmarks.end_to_end import MODELS, build
 from qs_compiler.runtime import graph, placement
 from qs_compiler.runtime.cache_layout import cache_bytes
 
@@ -43,7 +43,8 @@ def main() -> None:
     model_class, config, _, calls = MODELS["hunyuan"]
     config = {**config, **dict(zip(("num_layers", "num_single_layers"), args.blocks, strict=True))}
     MODELS["hunyuan"] = (model_class, config, tuple(args.grid), calls)
-    model, inputs = build("hunyuan", None, "cuda")
+    model = build("hunyuan", None, "cuda")
+    inputs = inputs_of("hunyuan", model, "cuda")
     tokens = args.grid[0] * args.grid[1] * args.grid[2] // 4 + TEXT
     copy = pinned_copy_rate()
     print(f"{tokens} tokens, pinned copies to the device {copy:.1f} GB/s", flush=True)
