@@ -5,33 +5,45 @@ Times are medians of CUDA events; what takes under a millisecond is replayed fro
 compared with float64 products of the codes on a few rows before they are timed.
 
 Each shape has a process of its own. The processes of a group compile side by side, then they take turns to measure.
+A shape whose rows the output already holds, of this device and these versions, is not measured again, so the table can
+be completed in pieces; a process that takes longer than its limit is ended and leaves no rows.
 
-    python benchmarks/linear.py --shapes hunyuan-up hunyuan-down
+    python benchmarks/linear.py --time-limit 240
+    python benchmarks/linear.py --shapes hunyuan-up hunyuan-down --again
+    python benchmarks/linear.py --shapes small --output /tmp/linear.json      # a trial; runs on a CPU too
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import date
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
 from torch.nn.functional import gelu, layer_norm, linear
 
 import qs_compiler
-from qs_compiler.lowering import collect_fallbacks, register_lowerings
+from qs_compiler._compat import compile_fx
+from qs_compiler.lowering import collect_fallbacks, linear_choices, register_lowerings
+from qs_compiler.lowering.decompositions import decompositions
 from qs_compiler.ops import pack_int4
 
 quantsparse = torch.ops.quantsparse
 RESULTS = Path(__file__).parent / "results" / "linear.json"
 bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALL_TEMPLATE = {"LIBRARY": ()}
 SHAPES = {  # rows, depth, columns
     "hunyuan-qkv": (119_056, 3072, 9216),
     "hunyuan-out": (119_056, 3072, 3072),
@@ -58,13 +70,13 @@ GROUP = 8  # shapes whose tensors fit on the device together
 
 def fuse(function: Callable) -> Callable:
     """Inductor with our lowerings, without the passes of the backend."""
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, backend=partial(compile_fx, decompositions=decompositions()))
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:
     """Of `repeats` runs after two more."""
     calls, run = 1, function
-    if elapsed_ms(function) + elapsed_ms(function) < 2:
+    if elapsed_ms(function) + elapsed_ms(function) < 2 and DEVICE == "cuda":
         calls, graph = 20, torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(calls):
@@ -76,6 +88,10 @@ def median_ms(function: Callable[[], object], repeats: int) -> float:
 
 def elapsed_ms(function: Callable[[], object]) -> float:
     """Of one run, by the device's clock."""
+    if DEVICE == "cpu":
+        began = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - began)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     function()
@@ -97,6 +113,11 @@ def product_gelu(xq, xs, wq, ws, bias):
 def product_gate(xq, xs, wq, ws, bias, gate, residual):
     """What a block's last linears are followed by."""
     return residual + gate * quantsparse.linear(xq, xs, wq, ws, bias, bf16)
+
+
+def three_products(xq, xs, *operands):
+    """q, k and v, each a kernel of its own."""
+    return [quantsparse.linear(xq, xs, *operands[i : i + 3], bf16) for i in (0, 3, 6)]
 
 
 def whole(x, wq, ws, bias, form: str):
@@ -150,12 +171,18 @@ class Table:
         self.shape = shape
         self.work: list[tuple[dict, Callable | None, int, int]] = []
 
-    def add(self, name: str, function: Callable, *args: object, flop: int = 0, nbytes: int = 0, check=None) -> None:
-        """`flop` and `nbytes` give the rates; `check` compares the result and gives its error."""
+    def add(
+        self, name: str, function: Callable, *args: object, flop: int = 0, nbytes: int = 0, check=None, choices=None
+    ) -> None:
+        """`flop` and `nbytes` give the rates; `check` compares the result and gives its error.
+
+        choices: entries of lowering/linear_choices.py under which it is compiled.
+        """
         row: dict = {"name": name, "shape": self.shape}
         start = time.perf_counter()
         try:
-            with collect_fallbacks() as fallbacks:
+            patches = mock.patch.multiple(linear_choices, **choices) if choices else nullcontext()
+            with collect_fallbacks() as fallbacks, patches:
                 y = function(*args)
             if fallbacks:
                 row["fallbacks"] = fallbacks
@@ -166,7 +193,8 @@ class Table:
             row["failed"] = f"{type(error).__name__}: {error}"[:300]
             self.work.append((row, None, 0, 0))
         y = None
-        torch.cuda.empty_cache()  # the other processes of the group need it
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()  # the other processes of the group need it
         print(f"{self.shape}: {name} compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
     def measure(self, repeats: int) -> None:
@@ -183,7 +211,7 @@ class Table:
 
 def error_against(xq, xs, wq, ws, bias, then: Callable = lambda y, rows: y) -> Callable[[torch.Tensor], float]:
     """Relative error of 64 rows against float64 products of the codes, norm over norm."""
-    rows = torch.randint(len(xq), (64,), device="cuda")
+    rows = torch.randint(len(xq), (64,), device=DEVICE)
     wanted = xq[rows].double() @ wq.double().T * xs[rows, None].double() * ws.double() + bias.double()
     wanted = then(wanted, rows)
     return lambda y: float((y[rows].double() - wanted).norm() / wanted.norm())
@@ -194,11 +222,11 @@ def prepare(table: Table, shape: str) -> None:
     m, k, n = SHAPES[shape]
     flop = 2 * m * k * n
     torch.manual_seed(0)
-    x = torch.randn(m, k, device="cuda", dtype=bf16)
-    weight = torch.randn(n, k, device="cuda", dtype=bf16) * k**-0.5
+    x = torch.randn(m, k, device=DEVICE, dtype=bf16)
+    weight = torch.randn(n, k, device=DEVICE, dtype=bf16) * k**-0.5
     bias, gate, (shift, scale) = (
-        *torch.randn(2, n, device="cuda", dtype=bf16),
-        torch.randn(2, k, device="cuda", dtype=bf16),
+        *torch.randn(2, n, device=DEVICE, dtype=bf16),
+        torch.randn(2, k, device=DEVICE, dtype=bf16),
     )
     table.add("cuBLAS bf16, bias", linear, x, weight, bias, flop=flop)
     prepare_torchao(table, x, weight, bias, flop)
@@ -208,7 +236,7 @@ def prepare(table: Table, shape: str) -> None:
         xq, xs = quantiser(x, form)
         check = error_against(xq, xs, wq, ws, bias)
         if form == "fp8":
-            one = torch.ones((), device="cuda")
+            one = torch.ones((), device=DEVICE)
             for fast in (False, True):
                 call = partial(torch._scaled_mm, bias=bias, out_dtype=bf16, use_fast_accum=fast)
                 name = ", fast accumulation" if fast else ""
@@ -218,12 +246,19 @@ def prepare(table: Table, shape: str) -> None:
                 table.add(f"_scaled_mm fp8 tensorwise{name}, bias", call, xq, wq.T, one, one, flop=flop)
         else:
             table.add("_int_mm", torch._int_mm, xq, wq.T, flop=flop)
-        table.add(f"ours {form}, bias", fuse(product), xq, xs, wq, ws, bias, flop=flop, check=check)
+        operands = xq, xs, wq, ws, bias
+        table.add(f"ours {form}, bias", fuse(product), *operands, flop=flop, check=check, choices=ALL_TEMPLATE)
+        if form == "fp8":
+            table.add("fp8 as chosen by the table, bias", fuse(product), *operands, flop=flop, check=check)
+        if shape.endswith("-qkv"):
+            thirds = [t for part in zip(wq.chunk(3), ws.chunk(3), bias.chunk(3), strict=True) for t in part]
+            name = f"ours {form}, q, k and v apart, bias"
+            table.add(name, fuse(three_products), xq, xs, *thirds, flop=flop, choices=ALL_TEMPLATE)
         if shape.endswith("-up"):
             check = error_against(xq, xs, wq, ws, bias, lambda y, rows: gelu(y, approximate="tanh"))
             table.add(f"ours {form}, bias, GELU", fuse(product_gelu), xq, xs, wq, ws, bias, flop=flop, check=check)
         if shape.endswith(("-out", "-down")):
-            r = torch.randn(m, n, device="cuda", dtype=bf16)
+            r = torch.randn(m, n, device=DEVICE, dtype=bf16)
             check = error_against(xq, xs, wq, ws, bias, lambda y, rows, r=r: r[rows].double() + gate.double() * y)
             table.add(
                 f"ours {form}, bias, gate, residual", fuse(product_gate), xq, xs, wq, ws, bias, gate, r,
@@ -233,13 +268,16 @@ def prepare(table: Table, shape: str) -> None:
         table.add(f"layer norm, modulation, {form} quantiser", fuse(prologue), x, shift, scale, form, nbytes=3 * m * k)
         table.add(f"{form} quantiser", quantiser, x, form, nbytes=3 * m * k)
         if form == "int8":
-            block = torch.linalg.qr(torch.randn(128, 128, device="cuda")).Q
-            smooth = torch.rand(k, device="cuda") + 0.5
+            block = torch.linalg.qr(torch.randn(128, 128, device=DEVICE)).Q
+            smooth = torch.rand(k, device=DEVICE) + 0.5
             table.add(f"rotated {form} quantiser", fuse(rotated), x, smooth, block, form, nbytes=3 * m * k)
-            w4 = pack_int4(torch.randint(-7, 8, (n, k), device="cuda", dtype=torch.int8))
-            multipliers = torch.randint(1, 19, (n, k // 64), device="cuda", dtype=torch.uint8)
+            one = {"ROTATED_IN_ONE_KERNEL": frozenset({torch.cuda.get_device_capability()})} if DEVICE == "cuda" else {}
+            name = f"rotated {form} quantiser, one kernel"
+            table.add(name, fuse(rotated), x, smooth, block, form, nbytes=3 * m * k, choices=one)
+            w4 = pack_int4(torch.randint(-7, 8, (n, k), device=DEVICE, dtype=torch.int8))
+            multipliers = torch.randint(1, 19, (n, k // 64), device=DEVICE, dtype=torch.uint8)
             table.add("ours w4a8, bias", fuse(product_w4), xq, xs, w4, multipliers, ws, bias, flop=flop)
-        torch.cuda.empty_cache()
+        del xq, xs, wq, ws
 
 
 def prepare_torchao(table: Table, x, weight, bias, flop: int) -> None:
@@ -252,7 +290,7 @@ def prepare_torchao(table: Table, x, weight, bias, flop: int) -> None:
         ("fp8", ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow(), set_inductor_config=False)),
         ("int8", ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)),
     ):
-        layer = torch.nn.Linear(x.shape[1], weight.shape[0], device="cuda", dtype=bf16).requires_grad_(False)
+        layer = torch.nn.Linear(x.shape[1], weight.shape[0], device=DEVICE, dtype=bf16).requires_grad_(False)
         layer.weight.copy_(weight), layer.bias.copy_(bias)
         ao.quantize_(layer, config)
         table.add(f"torchao {name}, quantiser included", torch.compile(layer, dynamic=False), x, flop=flop)
@@ -262,18 +300,18 @@ def prepare_feed_forward(table: Table) -> None:
     """The feed-forward of one HunyuanVideo block, ours against Inductor's."""
     m, k, n = SHAPES["hunyuan-up"]
     torch.manual_seed(0)
-    x = torch.randn(m, k, device="cuda", dtype=bf16)
-    shift, scale, gate = torch.randn(3, k, device="cuda", dtype=bf16)
-    up = torch.randn(n, k, device="cuda", dtype=bf16) * k**-0.5
-    down = torch.randn(k, n, device="cuda", dtype=bf16) * n**-0.5
-    biases = torch.randn(n, device="cuda", dtype=bf16), torch.randn(k, device="cuda", dtype=bf16)
+    x = torch.randn(m, k, device=DEVICE, dtype=bf16)
+    shift, scale, gate = torch.randn(3, k, device=DEVICE, dtype=bf16)
+    up = torch.randn(n, k, device=DEVICE, dtype=bf16) * k**-0.5
+    down = torch.randn(k, n, device=DEVICE, dtype=bf16) * n**-0.5
+    biases = torch.randn(n, device=DEVICE, dtype=bf16), torch.randn(k, device=DEVICE, dtype=bf16)
     dense = torch.compile(feed_forward, dynamic=False)
     table.add("inductor bf16", dense, x, shift, scale, gate, up, down, *biases, flop=4 * m * k * n)
     for form in ("fp8", "int8"):
         codes = *quantsparse.quantize_rows(up, None, None, form), *quantsparse.quantize_rows(down, None, None, form)
         fast = fuse(feed_forward_8bit)
         table.add(f"ours {form}", fast, x, shift, scale, gate, *codes, *biases, form, flop=4 * m * k * n)
-    source, target = torch.empty(2, 1 << 30, device="cuda", dtype=torch.uint8)
+    source, target = torch.empty(2, 1 << 30, device=DEVICE, dtype=torch.uint8)
     table.add("copy of 1 GiB", target.copy_, source, nbytes=2 << 30)
 
 
@@ -282,24 +320,40 @@ def measure_one(shape: str, repeats: int) -> None:
     register_lowerings()
     table = Table(shape)
     prepare_feed_forward(table) if shape.endswith("feed-forward") else prepare(table, shape)
-    torch.cuda.empty_cache()
-    torch.cuda.synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
     print("ready", flush=True)
     sys.stdin.readline()
     table.measure(repeats)
 
 
-def measure_group(shapes: list[str], repeats: int) -> list[dict]:
-    """The rows of a few shapes, each in a process."""
+def measure_group(shapes: list[str], repeats: int, limit: float) -> list[dict]:
+    """The rows of a few shapes, each in a process that has `limit` seconds to compile and as many to measure."""
     command = [sys.executable, __file__, "--repeats", str(repeats), "--one"]
-    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen([*command, shape], **pipe) for shape in shapes]
+    # What the lowerings choose is no part of the caches' keys.
+    env = {**os.environ, "TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    workers = [
+        subprocess.Popen([*command, shape], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        for shape in shapes
+    ]
+    timers = [threading.Timer(limit, worker.kill) for worker in workers]
+    for timer in timers:
+        timer.start()
+    for worker, timer in zip(workers, timers, strict=True):
+        while worker.stdout.readline() not in ("ready\n", ""):
+            pass
+        timer.cancel()
     rows = []
-    for worker in workers:
-        while (line := worker.stdout.readline()) not in ("ready\n", ""):
-            print(line, end="")
-    for worker in workers:
-        text, _ = worker.communicate("go\n")
+    for shape, worker in zip(shapes, workers, strict=True):
+        try:
+            text, _ = worker.communicate("go\n" if worker.poll() is None else None, timeout=limit)
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            worker.kill()
+            text = ""
+        if worker.wait() != 0:
+            print(f"{shape}: ended without rows", flush=True)
+            continue
         print(text, end="", flush=True)
         rows += [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     return rows
@@ -309,32 +363,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "small"])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--time-limit", type=float, default=500, help="seconds after which no new group is begun")
+    parser.add_argument("--time-limit", type=float, default=240, help="seconds after which no new group is begun")
+    parser.add_argument("--shape-limit", type=float, default=150, help="seconds for a shape to compile, and to measure")
+    parser.add_argument("--group", type=int, default=GROUP, help="shapes that compile side by side")
+    parser.add_argument("--again", action="store_true", help="measure shapes whose rows are there")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--one", choices=SHAPES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         measure_one(args.one, args.repeats)
         return
-    rows, start = [], time.perf_counter()
-    for first in range(0, len(args.shapes), GROUP):
+    head = {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "qs_compiler": qs_compiler.__version__},
+    }
+    before = json.loads(args.output.read_text()) if args.output.exists() else {}
+    kept = before.get("rows", []) if {key: before.get(key) for key in head} == head else []
+    commands = before.get("commands", [before["command"]] if "command" in before else []) if kept else []
+    commands = [*commands, " ".join(["python", *sys.argv])]
+    there = set() if args.again else {row["shape"] for row in kept}
+    shapes, start = [shape for shape in args.shapes if shape not in there], time.perf_counter()
+    for first in range(0, len(shapes), args.group):
         if time.perf_counter() - start > args.time_limit:
-            print(f"stopped before {args.shapes[first]}: {args.time_limit:g} s are over", flush=True)
+            print(f"stopped before {shapes[first]}: {args.time_limit:g} s are over", flush=True)
             break
-        rows += measure_group(args.shapes[first : first + GROUP], args.repeats)
+        new = measure_group(shapes[first : first + args.group], args.repeats, args.shape_limit)
+        for row in new:
+            row["date"] = date.today().isoformat()
+        kept = [row for row in kept if row["shape"] not in {r["shape"] for r in new}] + new
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "command": " ".join(["python", *sys.argv]),
-            "date": date.today().isoformat(),
-            "device": torch.cuda.get_device_name(),
-            "versions": {
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "qs_compiler": qs_compiler.__version__,
-            },
-            "rows": rows,
-        }
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.output.write_text(json.dumps({"commands": commands, **head, "rows": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

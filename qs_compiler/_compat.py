@@ -44,6 +44,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "DebugContext": ("torch._inductor.debug", "DebugContext"),
     "GraphLowering": ("torch._inductor.graph", "GraphLowering"),
     "select_decomp_table": ("torch._inductor.decomposition", "select_decomp_table"),
+    "select_algorithm": ("torch._inductor.select_algorithm", None),
     "DeviceProperties": ("torch._inductor.runtime.hints", "DeviceProperties"),
     "ShapeEnv": ("torch.fx.experimental.symbolic_shapes", "ShapeEnv"),
     "CudaInterface": ("torch._dynamo.device_interface", "CudaInterface"),
@@ -112,11 +113,23 @@ def make_template(name: str, grid, source: str) -> Any:
     return TritonTemplate(name=name, grid=grid, source=source, **({"always_freeze_layout": True} if frozen else {}))
 
 
-def select_template(name: str, template, configs: list[dict], nodes: list, layout, **common) -> Any:
-    """The TensorBox of `template` over `nodes` with the best of `configs`; several of them are benchmarked."""
+def make_library_choice(name: str, function: Callable[..., Any]) -> Any:
+    """A choice beside a template: `function(*nodes, out=...)`, called by generated Python code."""
+    from torch._inductor.select_algorithm import ExternKernelChoice
+
+    return ExternKernelChoice(function, name=name)
+
+
+def select_template(
+    name: str, template, configs: list[dict], nodes: list, layout, *, others: Sequence[Any] = (), **common
+) -> Any:
+    """The TensorBox of `template` over `nodes` with the best of `configs`, or the best of `others`, bound choices.
+
+    Several of them together are benchmarked.
+    """
     from torch._inductor.select_algorithm import autotune_select_algorithm
 
-    choices: list = []
+    choices: list = [*others]
     for config in configs:
         error = template.maybe_append_choice(choices, input_nodes=nodes, layout=layout, **common, **config)
         if error is not None and len(configs) == 1:

@@ -17,6 +17,7 @@ from qs_compiler.lowering import register_lowerings
 from qs_compiler.lowering.decompositions import decompositions
 
 SHARED_MEMORY = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448}
+DEVICE_SHARED_MEMORY = {**SHARED_MEMORY, (10, 0): 232448}
 
 
 def always(value):
@@ -44,7 +45,7 @@ def fake_h100(capability=(9, 0)):
         multi_processor_count, warp_size, gcnArchName = 132, 32, ""
         regs_per_multiprocessor, max_threads_per_multi_processor, max_threads_per_block = 65536, 2048, 1024
         total_memory, L2_cache_size, shared_memory_per_block = 80 << 30, 50 << 20, 49152
-        shared_memory_per_block_optin = SHARED_MEMORY[capability]
+        shared_memory_per_block_optin = DEVICE_SHARED_MEMORY[capability]
 
     properties = _compat.DeviceProperties(
         type="cuda",

@@ -91,6 +91,32 @@ def scale_tile(acc, XS, WS, BIAS, row, col, M, N, ROWS: tl.constexpr, COLS: tl.c
     return y
 
 
+# ---- rotated rows ----
+
+
+@triton.jit
+def rotated_tile(
+    X, SMOOTH, rotation, row, col, M, K, stride, ROWS: tl.constexpr, R: tl.constexpr, HAS_SMOOTH: tl.constexpr
+):
+    """(x * smooth) rotation for ROWS x R channels from (row, col), float32; rotation is rounded, round_to_tf32."""
+    x = load_tile(X, row, col, M, K, stride, ROWS, R, False).to(tl.float32)
+    if HAS_SMOOTH:
+        x = x * tl.load(SMOOTH + col + tl.arange(0, R))[None, :]
+    return tl.dot(round_to_tf32(x), rotation, input_precision="tf32")
+
+
+@triton.jit
+def round_to_tf32(x):
+    """To nearest, 11 bits. The tensor cores cut the rest off, which would shrink every product."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_to_integer(x):
+    """To nearest even, for |x| < 2^22: the sum has no fraction bits left."""
+    return (x + OFFSET) - OFFSET
+
+
 # ---- attention over lists of key blocks ----
 
 

@@ -2,7 +2,8 @@
 
 CPU: float32 products over slices of the depth, each exact for int8 (ops/linear.py says why), as library calls; their
 sum as int32 and everything after it is Inductor IR and fuses. The weight is widened to float32 at every call.
-CUDA: a persistent Triton template; scales and bias inside, what follows is fused by Inductor.
+CUDA: a persistent Triton template; scales and bias inside, what follows is fused by Inductor. Where nothing follows and
+linear_choices.py says that it is faster, torch._scaled_mm.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import torch
 
 from .._compat import (
     L,
+    V,
     can_use_tma,
     cpp_wrapper_active,
     get_num_sms,
+    inductor_config,
     ir,
     lowerings,
+    make_library_choice,
     make_template,
     persistent_mm_grid,
     register_lowering,
@@ -28,10 +32,20 @@ from .._compat import (
 from ..ops.linear import EXACT_DEPTH
 from .decode import f32
 from .device_support import call_reference, why_no_dtype, why_no_template
+from .linear_choices import SEARCH, library_is_faster, library_serves, tile_for
 from .template_source import read_template, triton_dtype
 
 OP = torch.ops.quantsparse.linear.default
 TEMPLATE = make_template("quantsparse_linear", persistent_mm_grid, read_template("linear"))
+
+
+def scaled_mm(xq, xs, wq, ws, bias=None, *, out):
+    """The library's product, with the operands of ours."""
+    kwargs = {"bias": bias, "out_dtype": out.dtype, "use_fast_accum": True, "out": out}
+    return torch._scaled_mm(xq, wq.t(), xs.unsqueeze(1), ws.unsqueeze(0), **kwargs)
+
+
+SCALED_MM = make_library_choice("quantsparse_scaled_mm", scaled_mm)
 
 
 def why_not(xq) -> str | None:
@@ -75,52 +89,51 @@ def wide_product(xq, wq):
 
 
 def template_product(xq, xs, wq, ws, bias, dtype):
-    """(M, K), (M,), (N, K), (N,), (N,) or None -> (M, N) in `dtype`."""
+    """(M, K), (M,), (N, K), (N,), (N,) or None -> (M, N) in `dtype`, by the kernel that linear_choices names."""
     nodes = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x)) for x in (xq, xs, wq, ws)]
     if bias is not None:
         nodes.append(ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(bias)))
-    rows, columns = xq.get_size()[0], wq.get_size()[0]
+    rows, columns, depth = xq.get_size()[0], wq.get_size()[0], static_size(wq.get_size()[1])
+    code, bias_dtype = xq.get_dtype(), None if bias is None else bias.get_dtype()
     # A descriptor made on the device needs memory that generated C++ does not give it in every version.
     tma = can_use_tma(nodes[0], nodes[2]) and not cpp_wrapper_active()
-    config, programs = tile_config(size_hint(rows), tma)
+    layout = ir.FixedLayout(xq.get_device(), dtype, [rows, columns])
+    tiles = [tile_for(size_hint(rows), tma)]
+    library = []
+    if (
+        not cpp_wrapper_active()
+        and followed_by_nothing(V.graph.current_node)
+        and library_serves(static_size(columns), depth, code, dtype, bias_dtype)
+    ):
+        library.append(SCALED_MM.bind(nodes, layout))
+    if inductor_config.max_autotune or inductor_config.max_autotune_gemm:
+        tiles = list(SEARCH) if tma else tiles
+    elif library and library_is_faster(torch.cuda.get_device_capability(xq.get_device()), code, size_hint(rows), depth):
+        tiles = []
+    else:
+        library = []
     return select_template(
         "quantsparse_linear",
         TEMPLATE,
-        [config],
+        [tile.arguments(get_num_sms()) for tile in tiles],
         nodes,
-        ir.FixedLayout(xq.get_device(), dtype, [rows, columns]),
-        NUM_SMS=programs * get_num_sms(),
-        INT8=xq.get_dtype() == torch.int8,
+        layout,
+        others=library,
+        INT8=code == torch.int8,
         HAS_BIAS=bias is not None,
         OUT=triton_dtype(dtype),
         TMA=tma,
     )
 
 
-def tile_config(rows: int, tma: bool) -> tuple[dict, int]:
-    """Tile sizes for `rows` rows and the programs of a multiprocessor: one choice, every one would be benchmarked.
-
-    A large tile reads least from the cache; few rows do not fill the device with them, and then
-    two smaller programs on each multiprocessor hide each other's epilogue and first loads.
-    """
-    if not tma:
-        return tile(64, 128, 128, stages=3, warps=4) if rows <= 64 else tile(128, 128, 64, stages=3, warps=8), 1
-    if rows <= 512:
-        return tile(64, 128, 128, stages=4, warps=4), 2
-    if rows <= 2048:
-        return tile(128, 128, 128, stages=3, warps=4), 2
-    return tile(128, 256, 128, stages=3, warps=8, flatten=True), 1
-
-
-def tile(m: int, n: int, k: int, *, stages: int, warps: int, flatten: bool = False) -> dict:
-    """The template's arguments for one tile size."""
-    return {
-        "BLOCK_M": m,
-        "BLOCK_N": n,
-        "BLOCK_K": k,
-        "GROUP_M": 8,
-        "STAGES": stages,
-        "num_stages": stages,
-        "num_warps": warps,
-        "FLATTEN": flatten,
-    }
+def followed_by_nothing(node) -> bool:
+    """Whether no pointwise op, which would join the template's kernel, reads a node of the graph, through views."""
+    for user in node.users:
+        target = user.target
+        if not isinstance(target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.pointwise in target.tags or target is torch.ops.prims.convert_element_type.default:
+            return False
+        if target.is_view and not followed_by_nothing(user):
+            return False
+    return True

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
-from qs_compiler.lowering import collect_fallbacks
+from qs_compiler.lowering import collect_fallbacks, linear_choices
 from qs_compiler.ops import pack_int4
 from qs_compiler.ops.formats import FORMATS
 from tests.lowering.compiled import compiled, gate_joins_product, library_calls
@@ -79,6 +79,38 @@ def test_rotation():
     args = torch.randn(2, 129, 256), torch.rand(256) + 0.5, torch.linalg.qr(torch.randn(128, 128)).Q, wq, ws
     got, wanted, _ = run(function, *args)
     compare(got, wanted, 1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in ("int8", "fp8") if n in NAMES])
+def test_rotated_rows_in_one_kernel(name, monkeypatch):
+    monkeypatch.setattr(linear_choices, "ROTATED_IN_ONE_KERNEL", frozenset({torch.cuda.get_device_capability()}))
+
+    def function(x, smooth, rotation):
+        return quantsparse.quantize_rows(x, smooth, rotation, name)
+
+    args = torch.randn(2, 2049, 256).to(bf16), torch.rand(256) + 0.5, torch.linalg.qr(torch.randn(128, 128)).Q
+    got, wanted, code = run(function, *args)
+    assert "rotated_tile" in code and library_calls(code) == []
+    assert_close(got[1], wanted[1], 2**-11)
+    # Operands are rounded to TF32, so codes near a tie may go either way: held is the error that the codes make.
+    x, smooth, rotation = (a.double() for a in args)
+    source = ((x * smooth).unflatten(-1, (2, 128)) @ rotation).flatten(-2)
+    error, wanted_error = ((c.double() * s.double()[..., None] - source).norm() for c, s in (got, wanted))
+    assert error < 1.002 * wanted_error
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="a rule for H100"
+)
+def test_the_library_gives_what_the_template_gives():
+    def function(*args):
+        return (quantsparse.linear(*args, bf16),)
+
+    xq, wq = (torch.randn(n, 3072).to(fp8) for n in (1024, 3072))
+    args = xq, torch.rand(1024) * 1e-3, wq, torch.rand(3072), torch.randn(3072).to(bf16)
+    got, wanted, code = run(function, *args)
+    assert library_calls(code) == ["extern_kernels.quantsparse_scaled_mm"]
+    compare(got, wanted)
 
 
 @pytest.mark.parametrize("code", CODES)

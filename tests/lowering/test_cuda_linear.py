@@ -1,11 +1,14 @@
 """The CUDA lowering of quantsparse::linear, without a GPU: generated text, offline compilation, interpreted numbers."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
-from qs_compiler.lowering import collect_fallbacks
-from tests.fake_h100 import SHARED_MEMORY, cuda_code
+from qs_compiler._compat import select_algorithm
+from qs_compiler.lowering import collect_fallbacks, linear_choices
+from tests.fake_h100 import DEVICE_SHARED_MEMORY, SHARED_MEMORY, cuda_code
 from tests.kernel_text import compile_offline, kernel_sources
 from tests.lowering.compiled import gate_joins_product, library_calls
 from tests.lowering.interpret import interpret
@@ -87,16 +90,17 @@ def test_rows_may_be_symbolic(tmp_path):
 
 
 EPILOGUES = {
-    "plain": lambda y, gate, residual: y,
     "gelu": lambda y, gate, residual: gelu(y, approximate="tanh"),
     "gate and residual": lambda y, gate, residual: residual + gate * y,
 }
+B200 = (10, 0)
 TARGETS = [(code, target) for code in (torch.int8, fp8) for target in SHARED_MEMORY if code != fp8 or target > (8, 0)]
+CASES = [(*target, rows) for target in TARGETS for rows in (1, 512, 40_000)]
+CASES += [(code, B200, 40_000) for code in (torch.int8, fp8)]
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize("rows", (1, 512, 40_000))
-@pytest.mark.parametrize(("code", "capability"), TARGETS)
+@pytest.mark.parametrize(("code", "capability", "rows"), CASES)
 def test_every_tile_compiles_and_fits(rows, capability, code, epilogue, tmp_path):
     """Tensor cores are used, nothing spills, shared memory suffices."""
 
@@ -111,10 +115,60 @@ def test_every_tile_compiles_and_fits(rows, capability, code, epilogue, tmp_path
         args = xq, torch.empty(rows), wq, torch.empty(3072), bias, gate, residual
     [source] = kernel_sources(cuda_code(function, *args, capability=capability)).values()
     compiled = compile_offline(source, tmp_path, capability)
-    assert ("wgmma" if capability == (9, 0) else "mma.sync") in compiled.ptx
-    assert ("cp.async.bulk" in compiled.ptx) == (capability == (9, 0))
-    assert compiled.shared_memory <= SHARED_MEMORY[capability]
+    # Triton has no int8 for the tensor cores of compute capability 10: those of before
+    core = {(9, 0): "wgmma", B200: "mma.sync" if code == torch.int8 else "tcgen05.mma"}.get(capability, "mma.sync")
+    assert core in compiled.ptx
+    assert ("cp.async.bulk" in compiled.ptx) == (capability >= (9, 0))
+    assert compiled.shared_memory <= DEVICE_SHARED_MEMORY[capability]
     assert compiled.spilled_bytes == 0
+
+
+def shaped(rows, columns, depth, code, out=bf16):
+    with torch.device("meta"):
+        xq, wq = torch.empty(rows, depth, dtype=code), torch.empty(columns, depth, dtype=code)
+        return xq, torch.empty(rows), wq, torch.empty(columns), torch.empty(columns, dtype=out)
+
+
+def test_the_library_is_called_where_the_table_says_so():
+    """Only fp8 at measured shapes on the measured card, bf16 out, and where no epilogue would be lost."""
+
+    def plain(*args):
+        return (quantsparse.linear(*args, args[-1].dtype).view(2, -1, args[2].shape[0]),)
+
+    def activated(*args):
+        return (gelu(plain(*args)[0], approximate="tanh"),)
+
+    for function, capability, args, library in (
+        (plain, (9, 0), shaped(4096, 3072, 3072, fp8), True),
+        (plain, (9, 0), shaped(32_760, 8960, 1536, fp8), True),
+        (activated, (9, 0), shaped(4096, 3072, 3072, fp8), False),
+        (plain, (9, 0), shaped(119_056, 3072, 3072, fp8), False),
+        (plain, (9, 0), shaped(4096, 3072, 3072, torch.int8), False),
+        (plain, (9, 0), shaped(4096, 3064, 3072, fp8), False),
+        (plain, (9, 0), shaped(4096, 3072, 3072, fp8, torch.float16), False),
+        (plain, (8, 9), shaped(4096, 3072, 3072, fp8), False),
+    ):
+        text = cuda_code(function, *args, capability=capability)
+        assert library_calls(text) == ["extern_kernels.quantsparse_scaled_mm"] * library, (capability, args[0].shape)
+        assert len(kernel_sources(text)) == (not library)
+
+
+def test_max_autotune_searches_the_tiles_and_the_library():
+    def function(*args):
+        return (quantsparse.linear(*args, bf16),)
+
+    seen = []
+
+    def take_last(name, choices, nodes, layout, **_):
+        seen.append([type(choice).__name__ for choice in choices])
+        return choices[-1].output_node()
+
+    with mock.patch.object(select_algorithm, "autotune_select_algorithm", take_last):
+        for code in (fp8, torch.int8):
+            args = shaped(119_056, 3072, 3072, code)
+            assert len(kernel_sources(cuda_code(function, *args, config={"max_autotune": True}))) == 1
+    library, tiles = ["ExternKernelCaller"], ["TritonTemplateCaller"] * len(linear_choices.SEARCH)
+    assert seen == [library + tiles, tiles]
 
 
 def test_float8_falls_back_where_the_device_has_none():

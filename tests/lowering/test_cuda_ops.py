@@ -1,12 +1,15 @@
 """The CUDA form of the ops that share their Inductor IR with the CPU, without a GPU."""
 
+import re
+
+import pytest
 import torch
 
-from qs_compiler.lowering import collect_fallbacks
+from qs_compiler.lowering import collect_fallbacks, linear_choices, quantize_rows
 from qs_compiler.ops import pack_int4
 from qs_compiler.ops.formats import FORMATS
-from tests.fake_h100 import cuda_code
-from tests.kernel_text import kernel_sources
+from tests.fake_h100 import SHARED_MEMORY, cuda_code
+from tests.kernel_text import compile_offline, kernel_sources
 from tests.lowering.compiled import library_calls
 from tests.lowering.interpret import interpret
 from tests.ops.attention_cases import BLOCK, random_qkv
@@ -46,6 +49,87 @@ def test_rotation_is_a_product_and_a_kernel(tmp_path):
     wanted, wanted_scales = function(*args)
     assert (codes.int() - wanted.int()).abs().max() <= 1
     assert_close(scales, wanted_scales)
+
+
+@pytest.fixture
+def rotated_in_one_kernel(monkeypatch):
+    monkeypatch.setattr(linear_choices, "ROTATED_IN_ONE_KERNEL", frozenset(SHARED_MEMORY))
+    monkeypatch.setattr(quantize_rows, "FEW_ROWS", 65)
+
+
+def test_rotation_and_quantiser_are_one_kernel(rotated_in_one_kernel, tmp_path):
+    """Both formats, with smoothing and without; a block that the template does not take stays a product."""
+
+    def function(x, rotation, smooth, odd):
+        forms = ("int8", smooth), ("int8", None), ("fp8", smooth)
+        pairs = [quantsparse.quantize_rows(x, s, rotation, form) for form, s in forms]
+        return [t for pair in (*pairs, quantsparse.quantize_rows(x, None, odd, "int8")) for t in pair]
+
+    rotation, odd = (torch.linalg.qr(torch.randn(size, size)).Q for size in (32, 24))
+    x, smooth = torch.randn(2, 65, 96).to(bf16), torch.rand(96) + 0.5
+    x[0, 3] = 0
+    args = x, rotation, smooth, odd
+    text, got = generated(function, args, tmp_path)
+    assert library_calls(text) == ["extern_kernels.mm"]  # the odd block
+    assert ["rotated_tile" in s for s in kernel_sources(text).values()].count(True) == 3
+    wanted = function(*args)
+    for i, smoothed in enumerate((smooth, torch.ones(96), smooth)):
+        source = ((x * smoothed).double().unflatten(-1, (3, 32)) @ rotation.double()).flatten(-2)
+        (codes, scales), (right, right_scales) = got[2 * i : 2 * i + 2], wanted[2 * i : 2 * i + 2]
+        assert codes.dtype == right.dtype
+        assert_close(scales, right_scales, 2**-11)
+        if codes.dtype == torch.int8:  # operands are rounded to TF32: a code near a tie may go either way
+            assert (codes.int() - right.int()).abs().max() <= 1
+        error, right_error = (
+            (c.double() * s.double()[..., None] - source).norm() for c, s in ((codes, scales), (right, right_scales))
+        )
+        assert error < 1.002 * right_error
+
+
+@pytest.mark.parametrize(("block", "capability"), ((16, (9, 0)), *((128, target) for target in SHARED_MEMORY)))
+def test_rotated_rows_compile_and_fit(rotated_in_one_kernel, block, capability, tmp_path):
+    def function(x, smooth, rotation):
+        return quantsparse.quantize_rows(x, smooth, rotation, "int8")
+
+    with torch.device("meta"):
+        args = torch.empty(40_000, 3072, dtype=bf16), torch.empty(3072), torch.empty(block, block)
+    [source] = kernel_sources(cuda_code(function, *args, capability=capability)).values()
+    compiled = compile_offline(source, tmp_path, capability)
+    assert "tf32" in compiled.ptx
+    assert compiled.shared_memory <= SHARED_MEMORY[capability]
+    assert compiled.spilled_bytes == 0
+
+
+def test_one_scratch_serves_all_int4_linears():
+    """Codes expanded for one product go back to the allocator before those of the next are taken: q, k, v, out, up."""
+
+    def function(x, *weights):
+        def linear(pair, w4, multipliers, ws):
+            return quantsparse.linear(*pair, quantsparse.expand_w4(w4, multipliers, torch.int8), ws, None, bf16)
+
+        q, k, v, out, up = (weights[i : i + 3] for i in range(0, 15, 3))
+        rows = quantsparse.quantize_rows(x, None, None, "int8")
+        y = linear(rows, *q) * linear(rows, *k) + linear(rows, *v)
+        for weight in (out, up):
+            y = linear(quantsparse.quantize_rows(y, None, None, "int8"), *weight)
+        return (y,)
+
+    def weight(columns):
+        return torch.empty(columns, 256, dtype=torch.uint8), torch.empty(columns, 8, dtype=torch.uint8)
+
+    with torch.device("meta"):
+        weights = [t for n in (512, 512, 512, 512, 768) for t in (*weight(n), torch.empty(n))]
+        text = cuda_code(function, torch.empty(4096, 512, dtype=bf16), *weights)
+    alive: set[str] = set()
+    for line in text[text.index("def call") :].splitlines():
+        if made := re.search(r"(buf\d+) = empty_strided_cuda\(\((?:512|768), 512\).*int8\)", line):
+            alive.add(made[1])
+            assert len(alive) == 1, line
+        for gone in re.findall(r"\bdel (buf\d+)", line):
+            if gone in alive and (heir := re.search(r"(buf\d+) = (?:reinterpret_tensor\()?" + gone, line)):
+                alive.add(heir[1])
+            alive.discard(gone)
+    assert "triton_tem" in text and not alive
 
 
 def test_weights(tmp_path):
