@@ -8,7 +8,7 @@ import torch
 
 from .._compat import L, divide_to_nearest, ir, ops, register_lowering
 from ..ops.formats import FORMATS, TINY_AMAX
-from ..ops.quantize_keys import LEAST_VARIANCE
+from ..ops.quantize_keys import LARGEST, LEAST_VARIANCE
 from .block_scores import blocks_of, key_length
 from .decode import f32
 
@@ -61,16 +61,19 @@ def lower_quantize_keys(k, kv_len, block_size):
 
         return inner
 
-    mean = mean_of(sum_of())
-    square = mean_of(sum_of(lambda x, _: ops.mul(x, x)))
+    def squared(x, _=None):
+        x = ops.minimum(ops.maximum(x, ops.constant(-LARGEST, f32)), ops.constant(LARGEST, f32))
+        return ops.mul(x, x)
 
-    def spread(index):
-        squared_mean = ops.mul(mean(index), mean(index))
-        variance = ops.sub(square(index), squared_mean)
-        variance = ops.maximum(variance, ops.mul(squared_mean, ops.constant(LEAST_VARIANCE, f32)))
+    mean, square = mean_of(sum_of()), mean_of(sum_of(squared))
+
+    def root_of_deviation(index):
+        square_of_mean = squared(mean(index))
+        variance = ops.sub(square(index), square_of_mean)
+        variance = ops.maximum(variance, ops.mul(square_of_mean, ops.constant(LEAST_VARIANCE, f32)))
         return ops.sqrt(ops.sqrt(ops.maximum(variance, ops.constant(TINY_AMAX, f32))))
 
-    smooth = pointwise(f32, spread, [batch, heads, depth])
+    smooth = pointwise(f32, root_of_deviation, [batch, heads, depth])
     load_smooth, load_mean = smooth.make_loader(), pointwise(f32, mean, [batch, heads, depth]).make_loader()
     load_inverse = pointwise(
         f32, lambda index: divide_to_nearest(ops.constant(1.0, f32), load_smooth(index)), [batch, heads, depth]

@@ -26,6 +26,7 @@ NAME = "quantize_keys"
 INT8 = FORMATS["int8"]
 # Of a channel's variance, in squared means: float32 sums of squares cannot tell less from rounding.
 LEAST_VARIANCE = 2.0**-20
+LARGEST = 1e16  # magnitude that counts for `smooth`, so that sums of squares stay finite
 B, H, T, D, nK, b_k, b_len = symbols("B Hkv T D nK b_k b_len")
 
 
@@ -42,8 +43,10 @@ def reference(k, kv_len, block_size):
     padding = (torch.arange(tokens, device=k.device) >= lengths[:, None])[:, None, :, None]
     k = k.float().masked_fill(padding, 0)
     count = lengths.clamp(min=1)[:, None, None, None]
-    mean, square = k.sum(2, keepdim=True) / count, (k * k).sum(2, keepdim=True) / count
-    variance = torch.maximum(square - mean * mean, mean * mean * LEAST_VARIANCE).clamp(min=TINY_AMAX)
+    mean = k.sum(2, keepdim=True) / count
+    square = k.clamp(-LARGEST, LARGEST).square().sum(2, keepdim=True) / count
+    square_of_mean = mean.clamp(-LARGEST, LARGEST).square()
+    variance = torch.maximum(square - square_of_mean, square_of_mean * LEAST_VARIANCE).clamp(min=TINY_AMAX)
     smooth = variance.sqrt().sqrt()
     k = ((k - mean) * (1 / smooth)).masked_fill(padding, 0)
     blocks = blocks_of(tokens, block_size)

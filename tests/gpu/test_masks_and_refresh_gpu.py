@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from qs_compiler.lowering import refresh_attention
 from tests.gpu.test_kernels_gpu import compare, run
+from tests.lowering.compiled import compiled
 from tests.ops.attention_cases import block_lists, random_qkv
 from tests.tolerances import FP8_WEIGHTS_ERROR, RELATIVE_ERROR, assert_close
 
@@ -64,6 +66,39 @@ def test_refresh_does_not_read_past_the_length():
     kv_len = torch.tensor([520, 200], dtype=torch.int32)
     k[1, :, 200:], v[1, :, 200:] = float("nan"), float("nan")
     check(*refresh(q, k, v, complete(2, 2, 300, 520), "complement", kv_len=kv_len), 2 * RELATIVE_ERROR[bf16])
+
+
+@pytest.mark.parametrize("correction", ("residual", "complement"))
+@pytest.mark.parametrize("tokens", (1, 129, 1025))
+def test_refresh_in_two_launches(correction, tokens, monkeypatch):
+    monkeypatch.setattr(refresh_attention, "LAUNCHES", 2)
+    q, k, v = random_qkv(2, 4, 4, tokens, 900, 128, bf16)
+    lists, kv_len = complete(2, 4, tokens, 900), torch.tensor([900, 200], dtype=torch.int32)
+    check(*refresh(q, k, v, lists, correction, kv_len=kv_len, outputs=4), 2 * RELATIVE_ERROR[bf16])
+    (q, q_scale), (k, k_scale) = (quantsparse.quantize_rows(x, None, None, "int8") for x in (q, k))
+    v, v_scale = quantsparse.pack_values(v)
+    options = {"scales": (q_scale, k_scale, v_scale), "kv_len": kv_len, "dtype": bf16, "outputs": 4}
+    check(*refresh(q, k, v, lists, correction, **options), FP8_WEIGHTS_ERROR)
+
+
+@pytest.mark.parametrize("drift", (0.0, 0.5))
+@pytest.mark.parametrize("tokens", (65, 1000, 20_000))
+def test_block_mass_estimated_in_one_pass(drift, tokens, monkeypatch):
+    """Exact by the log-sum-exps of the step itself; off by about what moved them apart otherwise."""
+    q, k, v = (x.cuda() for x in random_qkv(1, 2, 2, tokens, tokens, 128, bf16))
+    lists = tuple(x.cuda() for x in complete(1, 2, tokens, tokens))
+
+    def function(q, k, v, counts, indices, lse_prev):
+        return quantsparse.refresh_attention(
+            q, k, v, None, None, None, counts, indices, None, lse_prev, "residual", 0.1, 128, bf16
+        )
+
+    exact = compiled(function, q, k, v, *lists, None)[0]
+    monkeypatch.setattr(refresh_attention, "LAUNCHES", 2)
+    lse_prev = exact[1] + drift * torch.randn_like(exact[1])
+    mass = compiled(function, q, k, v, *lists, lse_prev)[0][4]
+    assert_close(mass.sum(-1), torch.ones_like(mass.sum(-1)), 1e-5)
+    assert_close(mass, exact[4], 1e-3 if drift == 0 else 0.2)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, bf16))

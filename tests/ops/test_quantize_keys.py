@@ -89,6 +89,14 @@ def test_equal_keys_and_empty_shapes():
     assert codes.shape == (0, 2, 40, 8) and scale.shape == (0, 2, 2) and smooth.shape == (0, 2, 8)
 
 
+def test_huge_keys_stay_finite():
+    k = 1e30 * keys()
+    codes, scale, smooth = quantize_keys(k, None, BLOCK)
+    assert torch.isfinite(scale).all() and torch.isfinite(smooth).all() and (codes != 0).any()
+    k = 1e12 * keys()
+    assert_close(restored(k), k - k.mean(2, keepdim=True), 1e-2)
+
+
 def test_opcheck():
     torch.library.opcheck(quantize_keys.default, (keys(), None, BLOCK))
     torch.library.opcheck(quantize_keys.default, (keys(batch=2), torch.tensor([80, 7]), BLOCK))
