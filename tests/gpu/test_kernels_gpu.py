@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
+from qs_compiler._compat import inductor_config
 from qs_compiler.lowering import collect_fallbacks, linear_choices
 from qs_compiler.ops import pack_int4
 from qs_compiler.ops.formats import FORMATS
@@ -111,6 +112,8 @@ def test_the_library_gives_what_the_template_gives():
     got, wanted, code = run(function, *args)
     assert library_calls(code) == ["extern_kernels.quantsparse_scaled_mm"]
     compare(got, wanted)
+    with inductor_config.patch(max_autotune=True):
+        compare(run(function, *args)[0], wanted)
 
 
 @pytest.mark.parametrize("code", CODES)
