@@ -37,8 +37,8 @@ def synthetic(name: str, layers: int | None, recipe: qs.Recipe) -> Artifact:
             tensor.fill_(0.01) if tensor is empty.ws else tensor.view(torch.uint8).random_(1, 8)
         packed[path] = empty
     rest = {n: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t for n, t in rest_of(model, packed).items()}
-    dtypes = dict.fromkeys(packed, torch.bfloat16)
-    return Artifact(recipe, type(model).__name__, config_hash(model), packed, samples={}, dtypes=dtypes, rest=rest)
+    dtypes, samples = dict.fromkeys(packed, torch.bfloat16), {path: [0.0] for path in packed}
+    return Artifact(recipe, type(model).__name__, config_hash(model), packed, samples=samples, dtypes=dtypes, rest=rest)
 
 
 def memory(field: str) -> int:

@@ -322,7 +322,7 @@ def asks_device(op: str) -> bool:
 
 
 def finish_graph(module: fx.GraphModule) -> None:
-    """What every pass ends with: the graph is lint-free and compiled to Python."""
+    """Lint a graph and compile it to Python."""
     module.graph.lint()
     module.recompile()
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any, overload
 
-from .. import _compat
 from ..dump import GraphDump, PassReport
 from ..errors import PassError, PassFailed, QuantSparseError
 from .base import FunctionPass, GraphPass, PassContext
@@ -164,7 +163,7 @@ def run_passes(context: PassContext, dump: GraphDump) -> list[PassReport]:
         try:
             result = one.run(module.graph, context)
             module = context.capture.module  # outlining replaces the module
-            _compat.finish_graph(module)
+            module.graph.lint()
         except QuantSparseError:
             dump.write(f"{prefix}.before.py", before)
             raise
@@ -182,4 +181,5 @@ def run_passes(context: PassContext, dump: GraphDump) -> list[PassReport]:
         report = PassReport(one.name, context.phase.value, result.matched, result.skipped, seconds)
         reports.append(report)
         log.debug("%s [%s]: matched %d, skipped %d", one.name, context.phase.value, report.matched, len(report.skipped))
+    context.capture.module.recompile()  # once: writing a large graph as Python takes as long as a pass
     return reports
