@@ -100,12 +100,24 @@ class GraphCompiler:
         self._summarise(dense)
         return CompiledGraph(dense, self.build, self.capture, self.report, self.options)
 
-    def build(self, phase: Phase, args: Sequence[Any], caches_on_host: bool) -> Variant:
-        """Compile `phase` for the shapes of `args`."""
-        return self._variant(phase, self.capture.specialise(args), list(args), own_context=True, on_host=caches_on_host)
+    def build(
+        self, phase: Phase, args: Sequence[Any], caches_on_host: bool, refreshing: frozenset[int] = frozenset()
+    ) -> Variant:
+        """Compile `phase` for the shapes of `args`; in a MIXED one the attentions `refreshing` refresh."""
+        capture = self.capture.specialise(args)
+        return self._variant(
+            phase, capture, list(args), own_context=True, on_host=caches_on_host, refreshing=refreshing
+        )
 
     def _variant(
-        self, phase: Phase, capture: Capture, args: list[Any], *, own_context: bool, on_host: bool = False
+        self,
+        phase: Phase,
+        capture: Capture,
+        args: list[Any],
+        *,
+        own_context: bool,
+        on_host: bool = False,
+        refreshing: frozenset[int] = frozenset(),
     ) -> Variant:
         register_lowerings()
         context = PassContext(
@@ -113,6 +125,7 @@ class GraphCompiler:
             self.options.recipe,
             self.options,
             phase,
+            refreshing,
             CallTimeWeights(args),
             attached=self.attached,
             caches_on_host=on_host,
@@ -140,7 +153,8 @@ class GraphCompiler:
         start = time.perf_counter()
         with collect_fallbacks() as fallbacks, _compat.generated_code() as codes:
             fn = _compat.compile_graph(context.capture.module, inputs, patches, own_context=own_context)
-        self.report.compile_seconds[phase.value] = round(time.perf_counter() - start, 3)
+        spent = self.report.compile_seconds.get(phase.value, 0.0) + time.perf_counter() - start
+        self.report.compile_seconds[phase.value] = round(spent, 3)
         for number, code in enumerate(codes):
             self.dump.write(f"{phase.value}.output_code_{number}.py", code)
         if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):

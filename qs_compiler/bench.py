@@ -129,7 +129,7 @@ def _measure(
         module.compile(dynamic=False)
     counts = {"dense": steps} if schedule is None else schedule.counts(steps)
     first = 0 if schedule is None else schedule.first_refresh(steps)
-    place = {"dense": 0, "refresh": first, "sparse": first + 1}
+    place = {"dense": 0, "refresh": first, "sparse": first + 1, "mixed": first + 1}
     found = len(reports())
     milliseconds, first_seconds = {}, 0.0
     if device.type == "cuda":

@@ -38,9 +38,9 @@ class Report:
         model: class of the module, where it is known.
         recipe: canonical name of the recipe.
         passes: one entry a pass and phase, in the order in which they ran.
-        calls: how often each phase ran, {"dense": n, "refresh": n, "sparse": n}.
+        calls: how often each phase ran, {"dense": n, "refresh": n, "sparse": n}; and "mixed" where one did.
         fallbacks: (op, reason) of every op that runs as a reference or fallback on CUDA.
-        compile_seconds: Inductor's time by phase.
+        compile_seconds: Inductor's time by phase, over all that was compiled of it.
         linears, attentions: (rewritten, found) of the dense phase.
         cache_bytes: what one branch of a video keeps for the sparse steps of this graph, 0 before the first refresh.
         cache_place: "device" or "host", where the caches of the last branch went.

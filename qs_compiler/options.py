@@ -47,6 +47,7 @@ CORRECTIONS = ("none", "first_order", "second_order", "complement", "mixture")
 GAINS = ("0", "1", "k/tau", "clipped")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 OVERRIDABLE = ("format", "density")
+REFRESHES = ("fixed", "staggered")
 CACHE_FORMATS = ("bf16", "fp8", "int8", "int4", "rank16", "rank32")
 
 
@@ -73,6 +74,8 @@ class Recipe:
         interval: a refresh every n-th step; the default of 5 counts as 2 in runs of up to 8 steps.
         warmup: fraction of the first steps that runs dense.
         refresh_steps: instead of both, the steps that refresh, ascending; those before the first run dense.
+        refresh: `fixed` refreshes all layers at once; `staggered` a share of 1 / interval at every step after the first
+            refresh, so that no step pays for a whole one.
         keep: name patterns (fnmatch) of layers that stay in 16 bit.
         overrides: name pattern -> {"format": ..., "density": ...}; later patterns win, `keep` wins over all. A format
             for storage alone (`w8a16`, `w4a16`) reaches the linears outside of the repeated blocks too.
@@ -94,6 +97,7 @@ class Recipe:
     interval: int = DEFAULT_INTERVAL
     warmup: float = 0.1
     refresh_steps: tuple[int, ...] = ()
+    refresh: Literal["fixed", "staggered"] = "fixed"
     keep: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     group_size: int = 128
@@ -104,17 +108,17 @@ class Recipe:
         _one_of("block_size", self.block_size, (64, 128))
         _one_of("mask", self.mask, ("pooled", "mass"))
         _one_of("correction", self.correction, CORRECTIONS)
-        if self.correction == "complement" and self.attention != "16bit":
-            raise RecipeError(
-                f"correction 'complement' joins log-sum-exps of two steps, and attention '{self.attention}' moves "
-                "them by the mean of each step's keys; use attention='16bit', or another correction."
-            )
         _one_of("gain", self.gain, GAINS)
         _integer("rank", self.rank, 1, 128)
         _one_of("cache_format", self.cache_format, CACHE_FORMATS)
         _integer("interval", self.interval, 1)
         _number("warmup", self.warmup, "from 0 to 1, a fraction of the steps", lambda v: 0 <= v <= 1)
         _steps("refresh_steps", self.refresh_steps)
+        _one_of("refresh", self.refresh, REFRESHES)
+        if self.refresh != "fixed" and self.refresh_steps:
+            raise RecipeError(
+                f"refresh '{self.refresh}' chooses the steps that refresh, and refresh_steps names them; give one."
+            )
         _one_of("group_size", self.group_size, (32, 64, 128, 256))
         if isinstance(self.keep, str) or not isinstance(self.keep, Iterable):
             raise RecipeError(f"keep must be a sequence of name patterns, not {self.keep!r}; write keep=['*.to_q'].")

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 
 class Phase(enum.Enum):
-    """The three compiled forms of one graph.
+    """The compiled forms of one graph.
 
-    DENSE touches no cache; REFRESH is dense and renews the caches; SPARSE uses them.
+    DENSE touches no cache; REFRESH is dense and renews the caches; SPARSE uses them; in MIXED a share of the attentions
+    refresh and the others run sparse (recipe field `refresh`).
     """
 
     DENSE = "dense"
     REFRESH = "refresh"
     SPARSE = "sparse"
+    MIXED = "mixed"
 
 
 @dataclasses.dataclass
@@ -67,7 +69,8 @@ class PassContext:
         capture: the graph under rewriting and the description of its inputs.
         recipe: the recipe of this compile; `recipe.for_layer(name)` applies the overrides by name.
         options: the other options of this compile.
-        phase: which of the three forms is being built.
+        phase: which of the forms is being built.
+        refreshing: indices of the attentions that refresh in a MIXED phase.
         weights: gives quantize_linear the packed form of a parameter.
         attached: the model owns packed tensors, so a linear over a 16-bit weight is meant to stay.
         caches_on_host: the caches of this phase lie in host memory.
@@ -81,6 +84,7 @@ class PassContext:
     recipe: Recipe
     options: BackendOptions
     phase: Phase
+    refreshing: frozenset[int] = frozenset()
     weights: Any = None
     attached: bool = False
     caches_on_host: bool = False
@@ -105,6 +109,12 @@ class PassContext:
         _compat.mark_extra_placeholder(node, stays=not isinstance(provider, Scalar))
         self.extra_inputs.append(provider)
         return node
+
+    def phase_of(self, site: AttentionSite) -> Phase:
+        """What one attention does in the form that is being built."""
+        if self.phase is not Phase.MIXED:
+            return self.phase
+        return Phase.REFRESH if site.index in self.refreshing else Phase.SPARSE
 
     def owner_name(self, node: fx.Node) -> str | None:
         """Dotted name of the module that owns the weight `node`, without its last part (`blocks.0.attn1.to_q`)."""

@@ -10,6 +10,9 @@ After:   k8 = torch.ops.quantsparse.quantize_keys.default(k, kv_len, 128)       
 refresh_attention alike: both phases of a site see the same operands, so a residual belongs to the sparse step's own
 arithmetic. Block scores go on reading q and k as they are.
 
+The mean that the keys lose moves every log-sum-exp of a query q by scale q . mean(k), another number in each step. A
+complement joins log-sum-exps of two steps, so it is given those numbers (`meta["qs_lse_shift"]`, (B, H, S)).
+
 Before:  o = torch.ops.aten.scaled_dot_product_attention.default(q, k, v, mask)
 
 After:   o = torch.ops.quantsparse.sparse_attention.default(..., every key block listed, kv_len, ...)[0]
@@ -88,6 +91,9 @@ class QuantizeAttention(GraphPass):
             else (v, None),
         )
         codes, scales = zip(*operands, strict=True)
+        if context.recipe.correction == "complement" and "qs_site" in node.meta:
+            shift = splice(graph, node, _lse_shift, codes[0], scales[0], k, kv_len, node.args[11])
+            node.meta["qs_lse_shift"] = shift
         node.args = (*codes, *scales, *node.args[6:])
 
 
@@ -111,6 +117,20 @@ def why_not(node: fx.Node, context: PassContext) -> str | None:
     if context.recipe.attention == "16bit" and "kv_len" not in node.meta:
         return "dense attention of 16-bit operands is the library's"
     return None
+
+
+def _lse_shift(
+    codes: torch.Tensor, scales: torch.Tensor, k: torch.Tensor, kv_len: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """What log-sum-exps (B, H, S) lose with the mean of the keys that count: scale q . mean(k)."""
+    k = k.float()
+    if kv_len is None:
+        mean = k.mean(2)
+    else:
+        counts = torch.arange(k.shape[2], device=k.device) < kv_len[:, None]
+        mean = (k * counts[:, None, :, None]).sum(2) / kv_len.clamp(min=1)[:, None, None]
+    mean = mean.repeat_interleave(codes.shape[1] // k.shape[1], 1)
+    return (codes.float() * mean[:, :, None]).sum(-1) * scales * scale
 
 
 def _every_block(q: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,8 @@ Refresh, before:  refresh = quantsparse.refresh_attention(..., "residual", ...) 
 Sparse, before:   o = sparse[0]
         after:    o = quantsparse.add_residual(sparse[0], residual, residual_scale, left, right, gain)
 
-The complement form caches the output and log-sum-exp of the dropped blocks; the sparse step resumes its softmax there:
+The complement form caches the output and log-sum-exp of the dropped blocks; the sparse step resumes its softmax there
+(8-bit keys are less their mean: what it took from the log-sum-exp is added here, and taken again in the sparse step):
 
 Refresh, after:   aten.copy_(state_o, refresh[2]); aten.copy_(state_lse, refresh[3])
 Sparse, after:    sparse = quantsparse.sparse_attention(..., state_o, state_lse, ...)
@@ -42,7 +43,7 @@ from ..runtime.cache_layout import FACTORS, SCALES, VALUES, cache_rank, cache_sl
 from ..runtime.inputs import HeadGains
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
 from .quantize_linear import _call
-from .sparsify_attention import _fake, _flag, cache_input
+from .sparsify_attention import _fake, cache_input, flag
 
 aten, qs = torch.ops.aten, torch.ops.quantsparse
 
@@ -57,16 +58,14 @@ class ReparameterizeResidual(GraphPass):
         result = PassResult()
         if context.recipe.correction == "none" or context.phase is Phase.DENSE:
             return result
-        refresh = context.phase is Phase.REFRESH
-        target = qs.refresh_attention.default if refresh else qs.sparse_attention.default
-        for node in graph.find_nodes(op="call_function", target=target):
-            if "qs_site" not in node.meta:
-                continue
-            if refresh:
-                self.write(graph, node, context)
-            else:
-                self.read(graph, node, context)
-            result.matched += 1
+        for target, rewrite in (
+            (qs.refresh_attention.default, self.write),
+            (qs.sparse_attention.default, self.read),
+        ):
+            for node in graph.find_nodes(op="call_function", target=target):
+                if "qs_site" in node.meta:
+                    rewrite(graph, node, context)
+                    result.matched += 1
         return result
 
     def write(self, graph: fx.Graph, node: fx.Node, context: PassContext) -> None:
@@ -84,11 +83,13 @@ class ReparameterizeResidual(GraphPass):
         caches = residual_inputs(context, site, correction)
         stored = splice(graph, anchor, store(recipe.cache_format), correction)
         if recipe.correction == "second_order":
-            first = _flag(context, correction, "new_video")
+            first = flag(context, site, correction, "new_video")
             change = _second_order(recipe.cache_format, recipe.rank)
             stored += splice(graph, anchor, change, first, correction, *caches)
             caches += factor_inputs(context, site, correction)
         if recipe.correction == "complement":
+            if (shift := node.meta.get("qs_lse_shift")) is not None:
+                lse = splice(graph, anchor, torch.add, lse, shift)
             caches += (cache_input(context, site, "state_lse", lse),)
             stored += (lse,)
         if recipe.correction == "mixture":
@@ -106,6 +107,8 @@ class ReparameterizeResidual(GraphPass):
         if recipe.correction == "complement":
             state = splice(graph, node, load(recipe.cache_format, out.meta["val"].dtype), *caches)
             lse = cache_input(context, site, "state_lse", out)
+            if (shift := node.meta.get("qs_lse_shift")) is not None:
+                lse = splice(graph, node, torch.sub, lse, shift)
             arguments = list(node.args)
             arguments[9:11] = [state, lse]
             node.args = tuple(arguments)
@@ -113,7 +116,7 @@ class ReparameterizeResidual(GraphPass):
         terms: list[tuple[fx.Node | None, ...]] = []  # residual, its scale, left, right, gain
         second = (None, None, None)
         if recipe.correction == "second_order":
-            second = (*factor_inputs(context, site, out), _flag(context, out, "gain"))
+            second = (*factor_inputs(context, site, out), flag(context, site, out, "gain"))
         if cache_rank(recipe.cache_format) is None:
             terms.append((*caches, *(None,) * (2 - len(caches)), *second))
         else:

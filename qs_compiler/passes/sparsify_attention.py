@@ -71,7 +71,7 @@ class SparsifyAttention(GraphPass):
             result.matched += 1
             if context.phase is Phase.DENSE:
                 continue
-            rewrite = self.refresh if context.phase is Phase.REFRESH else self.sparse
+            rewrite = self.refresh if context.phase_of(site) is Phase.REFRESH else self.sparse
             new = rewrite(graph, node, site, context)
             node.replace_all_uses_with(new)
             graph.erase_node(node)
@@ -98,11 +98,11 @@ class SparsifyAttention(GraphPass):
         mass = None
         if recipe.mask == "mass":
             mass = cache_input(context, site, "block_mass", q)
-            first = _flag(context, q, "new_video")
+            first = flag(context, site, q, "new_video")
             scores = splice(graph, node, torch.where, first, scores, mass)
         if recipe.correction == "second_order":
             # D and D_prev must belong to one mask, so a video keeps the mask of its first refresh.
-            first = _flag(context, q, "new_video")
+            first = flag(context, site, q, "new_video")
             scores = splice(graph, node, _keep_old, first, scores, *lists)
         kept = splice(graph, node, _select, scores, site.budget)
         stored = (kept[0], splice(graph, node, _listed, kept[1], site.budget))
@@ -196,10 +196,11 @@ def _block_lists(site: AttentionSite, context: PassContext, q: fx.Node) -> tuple
     return cache_input(context, site, "kv_num_blocks", q), cache_input(context, site, "kv_indices", q)
 
 
-def _flag(context: PassContext, like: fx.Node, name: str) -> fx.Node:
-    """A 0-d input that the runtime sets for every call."""
+def flag(context: PassContext, site: AttentionSite, like: fx.Node, name: str) -> fx.Node:
+    """A 0-d input that the runtime sets for one site at every call."""
     dtype = torch.bool if name == "new_video" else torch.float32
-    return context.add_input(name, _fake(like, (), dtype), Scalar(name, like.meta["val"].device))
+    provider = Scalar(name, site.index, like.meta["val"].device)
+    return context.add_input(f"{name}_{site.index}", _fake(like, (), dtype), provider)
 
 
 def _select(scores: torch.Tensor, budget: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ class CacheEntry:
 
     Attributes:
         owner: the parameter that identifies the layer; a dead or edited one makes the entry void.
+        position: how many layers of the branch ran before this one in the first forward that had caches.
         refreshed_at: planned step of the last refresh, or None before the first and while one is being written.
         computed_at: step at which it really ran; later than planned where a layer was skipped then.
         tensors: slot name -> what a graph gets for it: the cache itself, or the handle of one in `hosts`. Allocated
@@ -29,6 +30,7 @@ class CacheEntry:
 
     owner: weakref.ref[torch.Tensor]
     version: int
+    position: int
     refreshed_at: int | None = None
     computed_at: int = 0
     tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -93,11 +95,11 @@ class Frame:
 
     packs: Mapping[Hashable, Mapping[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
     entries: list[CacheEntry] = dataclasses.field(default_factory=list)
-    scalars: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scalars: dict[str, list[bool | float]] = dataclasses.field(default_factory=dict)
 
-    def scalar(self, name: str, device: torch.device) -> torch.Tensor:
-        """A 0-d tensor with this call's value of `name`; equal values share one tensor, so no copy is made per step."""
-        return _constant(self.scalars[name], device)
+    def scalar(self, name: str, site: int, device: torch.device) -> torch.Tensor:
+        """A 0-d tensor with this call's value of `name` at a site; equal values share one, so no step makes a copy."""
+        return _constant(self.scalars[name][site], device)
 
 
 @functools.lru_cache(maxsize=1024)

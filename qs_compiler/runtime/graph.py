@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .. import _compat
 from ..capture import Capture, Kind
 from ..dump import Report
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qs_compiler.runtime")
 
-Build = Callable[[Phase, Sequence[Any], bool], "Variant"]
+Build = Callable[..., "Variant"]
 
 
 class Variant:
@@ -56,14 +58,12 @@ class CompiledGraph:
 
     Args:
         dense: the compiled dense phase.
-        build: compiles another phase for the shapes of a call, with its caches on the device or in host memory.
+        build: (phase, args, on host, attentions that refresh) -> another phase for the shapes of a call.
         capture: the graph's inputs.
         options: interval, warm-up, gain, strict and memory budget are read here.
     """
 
-    def __init__(
-        self, dense: Variant, build: Build, capture: Capture, report: Report, options: BackendOptions
-    ) -> None:
+    def __init__(self, dense: Variant, build: Build, capture: Capture, report: Report, options: BackendOptions) -> None:
         self.dense, self._build, self._report = dense, build, report
         self._schedule = Schedule.of(options.recipe)
         self._recipe, self._strict, self._budget = options.recipe, options.strict, options.memory_budget
@@ -73,6 +73,7 @@ class CompiledGraph:
         self._sizes = [i for i, x in enumerate(capture.inputs) if x.kind is Kind.SIZE]
         self._demands: dict[tuple[int, ...], Demand] = {}
         self._variants: dict[tuple[Any, ...], tuple[Variant, Variant]] = {}
+        self._mixed: dict[tuple[Any, ...], Variant] = {}
         self._implicit = ImplicitSignal(capture.inputs, options.warmup)
         self._lock = threading.RLock()
         self._warned = False
@@ -89,29 +90,49 @@ class CompiledGraph:
         if not sparse.sites:
             return self._run(self.dense, args, Frame())
         entries = [self._entry(signal, site, args) for site in sparse.sites]
-        devices = [args[site.anchor].device for site in sparse.sites]
+        owners, layers = [args[site.anchor] for site in sparse.sites], signal.video.layers[signal.branch]
+        late = [self._schedule.late(entry.position, layers, signal.num_steps) for entry in entries]
+        plans = [self._schedule.refresh_step(signal.step, signal.num_steps, n) for n in late]
+        planned = frozenset(i for i, plan in enumerate(plans) if plan == signal.step)
+        stale = [not entry.valid_for(o, p) for entry, o, p in zip(entries, owners, plans, strict=True)]
+        variant = refresh
+        if not any(old for i, old in enumerate(stale) if i not in planned):
+            variant = self._due(planned, args, on_host, refresh, sparse)
+        devices = [owner.device for owner in owners]
+        if _allocate(entries, variant.slots, devices, on_host) and variant is not refresh:
+            variant = refresh
+            _allocate(entries, variant.slots, devices, on_host)
+        due = range(len(entries)) if variant is refresh else sorted(planned)
+        lags = [signal.step - entry.computed_at for entry in entries]
+        taus = [self._schedule.tau(p, signal.num_steps, n) for p, n in zip(plans, late, strict=True)]
         frame = Frame(entries=entries)
-        kept = list(zip(entries, sparse.slots, devices, strict=True))
-        fits = not any([entry.allocate(slots, device, on_host) for entry, slots, device in kept])
-        fresh = all(e.valid_for(args[s.anchor], step) for e, s in zip(entries, sparse.sites, strict=True))
-        if fits and fresh and step != signal.step:
-            tau = self._schedule.tau(step, signal.num_steps)
-            frame.scalars["gain"] = self._gain_at(signal.step - entries[0].computed_at, tau)
-            return self._run(sparse, args, frame)
-        for entry, slots, device in zip(entries, refresh.slots, devices, strict=True):
-            if entry.allocate(slots, device, on_host):
-                entry.refreshed_at = None
-        frame.scalars["new_video"] = any(e.refreshed_at is None for e in entries)
-        for entry in entries:
-            entry.refreshed_at = None  # void while it is being written
-        out = self._run(refresh, args, frame)
-        for entry, site in zip(entries, sparse.sites, strict=True):
-            entry.owner, entry.version = weakref.ref(args[site.anchor]), tensor_version(args[site.anchor])
-            entry.refreshed_at, entry.computed_at = step, signal.step
+        frame.scalars["gain"] = [self._gain_at(lag, tau) for lag, tau in zip(lags, taus, strict=True)]
+        frame.scalars["new_video"] = [entry.refreshed_at is None for entry in entries]
+        for i in due:
+            entries[i].refreshed_at = None  # void while it is being written
+        out = self._run(variant, args, frame)
+        for i in due:
+            entries[i].owner, entries[i].version = weakref.ref(owners[i]), tensor_version(owners[i])
+            entries[i].refreshed_at, entries[i].computed_at = plans[i], signal.step
         return out
 
+    def _due(
+        self, planned: frozenset[int], args: Sequence[Any], on_host: bool, refresh: Variant, sparse: Variant
+    ) -> Variant:
+        """The form in which the attentions `planned` refresh and no other; compiled at the first step that needs it."""
+        if not planned:
+            return sparse
+        if len(planned) == len(sparse.sites):
+            return refresh
+        key = (planned, on_host, *(args[i] for i in self._sizes))
+        with self._lock:
+            if key not in self._mixed:
+                self._mixed[key] = self._build(Phase.MIXED, args, on_host, planned)
+            return self._mixed[key]
+
     def _run(self, variant: Variant, args: Sequence[Any], frame: Frame) -> Any:
-        self._report.calls[variant.phase.value] += 1
+        name = variant.phase.value
+        self._report.calls[name] = self._report.calls.get(name, 0) + 1
         return variant(args, frame)
 
     def _signal(self, args: Sequence[Any]) -> Signal | None:
@@ -184,7 +205,9 @@ class CompiledGraph:
         key = (*layer, signal.video.occurrence(layer))
         entry = signal.video.caches.get(key)
         if entry is None or entry.owner() is not owner:
-            entry = signal.video.caches[key] = CacheEntry(weakref.ref(owner), tensor_version(owner))
+            position = signal.video.layers[signal.branch] if entry is None else entry.position
+            signal.video.layers[signal.branch] += entry is None
+            entry = signal.video.caches[key] = CacheEntry(weakref.ref(owner), tensor_version(owner), position)
             if self._cuda_graphs:
                 entry.adopt(self._spares, key)
         return entry
@@ -193,6 +216,17 @@ class CompiledGraph:
         """f(k) of C_k = D + f(k) lowrank(D - D_prev), k steps after a refresh, tau of them after the one before."""
         share = lag / tau
         return {"0": 0.0, "1": 1.0, "k/tau": share, "clipped": min(share, 0.5)}[self._recipe.gain]
+
+
+def _allocate(
+    entries: Sequence[CacheEntry], slots: Sequence[dict[str, Slot]], devices: Sequence[torch.device], on_host: bool
+) -> bool:
+    """Make caches of a size and place that they had not; what was (re)allocated is void, and True says so."""
+    changed = [e.allocate(s, d, on_host) for e, s, d in zip(entries, slots, devices, strict=True)]
+    for entry, new in zip(entries, changed, strict=True):
+        if new:
+            entry.refreshed_at = None
+    return any(changed)
 
 
 def raising(error: Exception) -> Callable[..., Any]:

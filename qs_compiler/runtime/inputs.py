@@ -63,10 +63,11 @@ class HeadGains:
 
 @dataclasses.dataclass(frozen=True)
 class Scalar:
-    """A 0-d value that the runtime sets for every call: "new_video" (bool) or "gain" (fp32)."""
+    """A 0-d value that the runtime sets for one site at every call: "new_video" (bool) or "gain" (fp32)."""
 
     name: str
+    site: int
     device: torch.device
 
     def resolve(self, args: Sequence[Any], frame: Frame) -> torch.Tensor:
-        return frame.scalar(self.name, self.device)
+        return frame.scalar(self.name, self.site, self.device)

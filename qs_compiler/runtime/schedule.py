@@ -23,51 +23,68 @@ class Schedule:
             at most 8 steps; any other is taken as it is.
         warmup: fraction of the steps, from the first, that run dense.
         refresh_steps: instead of both, the steps that refresh, ascending; those before the first run dense.
+        staggered: after a first refresh of all, each layer has steps of its own, so that every step refreshes a share
+            of 1 / interval: see `late`.
     """
 
     interval: int
     warmup: float
     refresh_steps: tuple[int, ...] = ()
+    staggered: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> Schedule:
         """The schedule of a recipe."""
-        return cls(recipe.interval, recipe.warmup, recipe.refresh_steps)
+        return cls(recipe.interval, recipe.warmup, recipe.refresh_steps, recipe.refresh == "staggered")
 
     def first_refresh(self, num_steps: int) -> int:
         """Number of dense steps at the start."""
         return self.refresh_steps[0] if self.refresh_steps else math.ceil(self.warmup * num_steps - 1e-9)
 
-    def refresh_step(self, step: int, num_steps: int) -> int | None:
-        """The refresh whose caches `step` uses (or makes), or None in the warm-up.
+    def late(self, position: int, layers: int, num_steps: int) -> int:
+        """Steps by which a layer refreshes after the first one: runs of neighbours share a step.
+
+        No residual grows older than without: a layer that is late by n refreshes n steps after the first refresh too.
+        """
+        return position * self._interval(num_steps) // layers if self.staggered else 0
+
+    def refresh_step(self, step: int, num_steps: int, late: int = 0) -> int | None:
+        """The refresh whose caches a layer uses (or makes) at `step`, or None in the warm-up.
 
         Args:
             num_steps: of the run; 0 where it is not known.
+            late: of the layer.
         """
         first = self.first_refresh(num_steps)
         if step < first:
             return None
         if self.refresh_steps:
             return max(s for s in self.refresh_steps if s <= step)
-        return step - (step - first) % self._interval(num_steps)
+        return max(first, step - (step - first - late) % self._interval(num_steps))
 
-    def tau(self, refresh: int, num_steps: int) -> int:
+    def tau(self, refresh: int, num_steps: int, late: int = 0) -> int:
         """Steps from the refresh before `refresh` to it; `interval` where it is the first."""
-        earlier = [s for s in self.refresh_steps if s < refresh]
-        if self.refresh_steps:
-            return refresh - max(earlier) if earlier else self.interval
-        return self._interval(num_steps)
+        earlier = self.refresh_step(refresh - 1, num_steps, late)
+        return self._interval(num_steps) if earlier is None else refresh - earlier
 
     def counts(self, num_steps: int) -> dict[str, int]:
-        """How many steps of a run are dense, refresh and sparse."""
-        uses = [self.refresh_step(step, num_steps) for step in range(num_steps)]
-        dense, refresh = uses.count(None), sum(use == step for step, use in enumerate(uses))
-        return {"dense": dense, "refresh": refresh, "sparse": num_steps - dense - refresh}
+        """How many steps of a run are dense, refresh and sparse; staggered, all after the first refresh are "mixed"."""
+        dense, refresh, sparse = self._counts(num_steps, late=0)
+        if self.staggered and sparse:
+            return {"dense": dense, "refresh": 1, "mixed": refresh - 1 + sparse}
+        return {"dense": dense, "refresh": refresh, "sparse": sparse}
 
     def average_density(self, density: float, num_steps: int) -> float:
-        """Kept fraction over the whole run, dense and refresh steps counted as 1."""
-        counts = self.counts(num_steps)
-        return (counts["dense"] + counts["refresh"] + counts["sparse"] * density) / num_steps
+        """Kept fraction over the whole run and all layers, dense and refresh steps counted as 1."""
+        groups = self._interval(num_steps) if self.staggered else 1
+        sparse = sum(self._counts(num_steps, late)[2] for late in range(groups)) / groups
+        return (num_steps - sparse * (1 - density)) / num_steps
+
+    def _counts(self, num_steps: int, late: int) -> tuple[int, int, int]:
+        """Dense, refresh and sparse steps of a layer."""
+        uses = [self.refresh_step(step, num_steps, late) for step in range(num_steps)]
+        dense, refresh = uses.count(None), sum(use == step for step, use in enumerate(uses))
+        return dense, refresh, num_steps - dense - refresh
 
     def _interval(self, num_steps: int) -> int:
         few = self.interval == DEFAULT_INTERVAL and 0 < num_steps <= FEW_STEPS

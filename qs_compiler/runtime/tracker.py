@@ -5,6 +5,7 @@ When in doubt there is no signal, and without a signal everything runs dense.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -30,6 +31,7 @@ class Video:
         number: counter, unique in the process.
         num_steps: length of the run, or None where it is unknown.
         caches: (anchor id, ordinal, branch, occurrence) -> CacheEntry.
+        layers: branch -> how many layers of it have caches.
         on_host: (graph, first anchor's id, branch, sizes) -> whether the caches of that call lie in host memory, and
             whether that is settled; before the first refresh it is a forecast.
     """
@@ -38,6 +40,7 @@ class Video:
         self.number = next(_VIDEO_NUMBERS)
         self.num_steps = num_steps
         self.caches: dict[tuple[Any, ...], CacheEntry] = {}
+        self.layers: collections.Counter[str | None] = collections.Counter()
         self.on_host: dict[tuple[Any, ...], tuple[bool, bool]] = {}
         self._seen: dict[Hashable, tuple[int, int]] = {}
         self._call = 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qs_compiler
+from qs_compiler import _compat
 from qs_compiler.passes import Phase, quantize_attention
 from qs_compiler.passes.quantize_attention import QuantizeAttention
 from qs_compiler.passes.sparsify_attention import SparsifyAttention
@@ -116,6 +117,23 @@ def test_compiled_phases_stay_near_16_bit(attention, on_any_device) -> None:
         assert 0 < error < RELATIVE_ATTENTION_ERROR[attention]
 
 
-def test_operands_that_move_a_cached_log_sum_exp_are_refused() -> None:
-    with pytest.raises(qs_compiler.QuantSparseError, match="use attention='16bit', or another correction"):
-        qs_compiler.Recipe.parse({"density": 0.25, "attention": "int8", "correction": "complement"})
+def test_a_complement_is_joined_as_with_16_bit_operands(monkeypatch) -> None:
+    """Keys with a large bias: their mean, which 8-bit keys lose, moves the log-sum-exp of each step."""
+    monkeypatch.setattr(_compat, "compile_graph", lambda module, inputs, patches, own_context: module.forward)
+    inputs, runs = clip(0, 3), {}
+    for name in ("16bit", "int8", "without"):
+        torch._dynamo.reset()
+        model = make(blocks=1)
+        model.blocks[0].qkv.bias.data[32:64] = 12 * torch.randn(32, generator=torch.Generator().manual_seed(1))
+        if name == "without":
+            monkeypatch.setattr(quantize_attention, "_lse_shift", lambda codes, scales, *_: 0 * scales)
+        attention = "16bit" if name == "16bit" else "int8"
+        recipe = {**MODEL_RECIPE, "format": "off", "correction": "complement", "attention": attention}
+        fast = torch.compile(model, backend="quantsparse", options={"recipe": recipe})
+        with torch.no_grad(), qs_compiler.denoising(model, len(inputs)) as steps:
+            for i, step in enumerate(inputs):
+                steps.step(i)
+                runs[name] = fast(**step)
+        assert qs_compiler.reports()[-1].calls["sparse"] == 2
+    error, without = ((runs[n] - runs["16bit"]).norm() / runs["16bit"].norm() for n in ("int8", "without"))
+    assert 0 < error < RELATIVE_ATTENTION_ERROR["int8"] and without > 3 * error

@@ -1,0 +1,87 @@
+"""Refreshes staggered over the layers: each layer's caches are its own refresh's, whoever compiled it with whom."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+from torch import nn
+
+import qs_compiler as qs
+from qs_compiler.errors import RecipeError
+from qs_compiler.runtime.schedule import Schedule
+from tests.backend.models import RECIPE, clip, make
+
+STEPS, BLOCKS = 7, 4
+STAGGERED = {**RECIPE, "format": "off", "interval": 2, "refresh": "staggered"}
+STAGGERED |= {"correction": "second_order", "rank": 2, "mask": "mass"}
+
+
+class Runs:
+    """A model and what its runs gave."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def denoise(self, *videos: int, until: int = STEPS, leave_out: tuple[int, ...] = ()) -> list[list[torch.Tensor]]:
+        """The outputs of each video, several of them as branches of one run; `stamps` is when each layer refreshed."""
+        self.stamps, out = [], [[] for _ in videos]
+        before = self.calls()
+        clips = [clip(video, STEPS) for video in videos]
+        with qs.denoising(self.model, STEPS) as run:
+            for step in range(until):
+                for branch, inputs in enumerate(clips):
+                    if step not in leave_out:
+                        run.step(step, branch=str(branch))
+                        out[branch].append(self.model(**inputs[step]))
+                self.stamps.append([entry.computed_at for entry in run.caches("0")])
+        self.ran = {name: n for name, n in (self.calls() - before).items() if n}
+        return out
+
+    def calls(self) -> collections.Counter[str]:
+        return collections.Counter(qs.reports()[-1].calls) if qs.reports() else collections.Counter()
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_each_layer_refreshes_at_its_own_steps() -> None:
+    options = {"recipe": STAGGERED}
+    blocks = Runs(make(blocks=BLOCKS))
+    for block in blocks.model.blocks:
+        block.compile(backend="quantsparse", options=options, dynamic=False)
+    a, b = (blocks.denoise(video)[0] for video in (7, 8))  # a graph a block has no mixed form: each runs its own phase
+
+    whole = Runs(torch.compile(make(blocks=BLOCKS), backend="quantsparse", options=options, dynamic=False))
+    assert same(whole.denoise(7)[0], a)
+    assert whole.stamps == blocks.stamps
+    assert whole.stamps == [[0] * 4, [0, 0, 1, 1], [2, 2, 1, 1], [2, 2, 3, 3], [4, 4, 3, 3], [4, 4, 5, 5], [6, 6, 5, 5]]
+    assert dict(qs.reports()[-1].calls) == {"dense": 0, "refresh": 1, "sparse": 0, "mixed": STEPS - 1}
+    passes = [p for p in qs.reports()[-1].passes if p.phase == "mixed"]
+    assert [p.matched for p in passes if p.name == "outline_repeated_blocks"] == [BLOCKS, BLOCKS], "two bodies a form"
+
+    for until in (1, 4):  # given up and started again
+        whole.denoise(7, until=until)
+        assert same(whole.denoise(8)[0], b)
+    one, two = whole.denoise(7, 8)
+    assert same(one, a) and same(two, b), "each branch has refreshes of its own"
+    # Two layers refresh at step 3 only, or else have nothing valid for step 4: then all do.
+    whole.denoise(7, until=5, leave_out=(3,))
+    assert whole.ran == {"refresh": 2, "mixed": 2} and whole.stamps[-1] == [4] * 4
+
+
+def test_schedule() -> None:
+    staggered = Schedule(5, 0.1, staggered=True)
+    assert [staggered.late(i, 8, 20) for i in range(8)] == [0, 0, 1, 1, 2, 3, 3, 4]
+    assert [staggered.refresh_step(i, 20, late=3) for i in range(2, 12)] == [2, 2, 2, 5, 5, 5, 5, 5, 10, 10]
+    assert staggered.tau(5, 20, late=3) == 3 and staggered.tau(10, 20, late=3) == 5 and staggered.tau(2, 20) == 5
+    assert staggered.counts(20) == {"dense": 2, "refresh": 1, "mixed": 17}
+    # Layers that are late by 1 or 2 refresh 5 times in 20 steps, those late by 3 or 4 and those on time 4 times.
+    assert staggered.average_density(0.25, 20) == pytest.approx(1 - 0.75 * (14 * 3 + 13 * 2) / 5 / 20)
+    with pytest.raises(RecipeError, match="give one"):
+        qs.Recipe(refresh="staggered", refresh_steps=(2, 5))
+    with pytest.raises(RecipeError, match=r"refresh 'stagered' is not known.*staggered"):
+        qs.Recipe(refresh="stagered")
