@@ -17,6 +17,7 @@ import itertools
 import math
 import sys
 import time
+from collections.abc import Sequence
 from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -45,6 +46,7 @@ class SsarBench(Bench):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         self._gains: dict[tuple[float, int], dict[int, torch.Tensor]] = {}
+        self.ran = ""
 
     def setting(self, grid: str) -> Setting:
         """`grid` is a number of steps."""
@@ -57,7 +59,9 @@ class SsarBench(Bench):
         captions, seed = [self.captions[i] for i in clips], NOISE_SEED + clips.start
         options = dataclasses.asdict(setting)
         with mode:
-            return sample(self.model, self.text, captions, on_call=mode.announce, seed=seed, **options)
+            clips_found = sample(self.model, self.text, captions, on_call=mode.announce, seed=seed, **options)
+        self.ran = "".join(mode.ran.values())
+        return clips_found
 
     def gains(self, row: Row) -> dict[int, torch.Tensor]:
         """Gains by layer, fitted by calibration's own code over a few clips of training captions."""
@@ -78,6 +82,8 @@ class SsarBench(Bench):
 def interval_of(row: Row) -> int:
     """Steps between the first two refreshes of a schedule that has them evenly, else 5."""
     places = [i for i, phase in enumerate(row.method.phases[0]) if phase == "r"]
+    if row.method.max_drift is not None or len(row.method.phases) > 1:
+        return 5  # what it is to be compared with
     gaps = {b - a for a, b in itertools.pairwise(places)}
     return gaps.pop() if len(gaps) == 1 else 5
 
@@ -91,9 +97,9 @@ def first_order_of(row: Row, rows: dict[str, dict[str, Any]]) -> dict[str, Any] 
     return rows.get(density if interval == 5 else f"{density}/interval {interval}")
 
 
-def average_density(row: Row) -> float:
-    """Kept share over a run, its dense steps counted as 1."""
-    letters = "".join(row.method.phases)
+def average_density(row: Row, ran: Sequence[str] = ()) -> float:
+    """Kept share over a run, its dense steps counted as 1; of an adaptive row's runs, where they are known."""
+    letters = "".join(ran or row.method.phases)
     return round(sum(row.method.density if c == "s" else 1.0 for c in letters) / len(letters), 4)
 
 
@@ -101,7 +107,9 @@ def run_row(row: Row, bench: SsarBench, results: Results, deadline: float) -> bo
     """Sample what is missing of a row; False where time ran out first."""
     method = dataclasses.asdict(row.method) | {"phases": list(row.method.phases)}
     entry = results.rows.get(row.name)
-    if entry is None or entry["method"] != method:
+    # Fields that came later count as their defaults.
+    defaults = {field.name: field.default for field in dataclasses.fields(row.method)}
+    if entry is None or {**defaults, **entry["method"]} != method:
         entry = {"name": row.name, "method": method, "steps": row.steps, "average_density": average_density(row)}
         entry |= {"command": " ".join(["python", *sys.argv]), "device": bench.card(), "versions": package_versions()}
         entry |= {"date": date.today().isoformat(), "clips": []}
@@ -112,9 +120,13 @@ def run_row(row: Row, bench: SsarBench, results: Results, deadline: float) -> bo
             return False
         twins = bench.twins(clips, str(row.steps))
         found = bench.reused(row, clips)
+        if row.method.max_drift is not None:
+            # A batch decides as one; each batch its own.
+            entry.setdefault("ran", []).append(bench.ran)
+            entry["average_density"] = average_density(row, entry["ran"])
         entry["clips"] += measure(found, twins, [bench.captions[i] for i in clips])
         entry.update(summarize(entry["clips"]))
-        results.rows[row.name] = entry
+        results.put(entry)
     if row.method.gain == "fitted":
         fitted = {f"blocks.{layer}": gains.tolist() for layer, gains in bench.gains(row).items()}
         entry["gains"] = {name: [round(g, 4) for g in gains] for name, gains in fitted.items()}
@@ -126,7 +138,7 @@ def run_row(row: Row, bench: SsarBench, results: Results, deadline: float) -> bo
         entry["over_first_order"] = {"mean": round(mean, 4), "interval95": None if half is None else round(half, 4)}
         line += f" | over first order {mean:+.2f} +- {half or 0:.2f}"
     print(line, flush=True)
-    results.write()
+    results.put(entry)
     return True
 
 

@@ -13,6 +13,9 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from qs_compiler.runtime.cache_layout import probe_stride
+from qs_compiler.runtime.schedule import Decision, Schedule
+
 BLOCK = 128
 
 
@@ -21,8 +24,8 @@ class Method:
     """What runs in each step.
 
     Attributes:
-        phases: one letter a step: d dense, r refresh, s sparse, p dense just before a refresh ("adjacent" alone); one
-            string for all layers, or one a layer.
+        phases: one letter a step: d dense, r refresh, s sparse, p dense just before a refresh ("adjacent" alone), a
+            refresh or sparse by `max_drift`; one string for all layers, or one a layer.
         correction: "none", "first_order", "second_order", "adjacent" (second order, D_prev of the step before the
             refresh), "complement", or "mixture".
         gain: of the extrapolation, as in a Recipe; of a mixture: a number, or "fitted".
@@ -31,6 +34,7 @@ class Method:
         frozen: a video keeps the mask of its first refresh.
         cache: storage of the first-order term: "bf16", "fp8", "int8", "int4" or "rankN".
         rank: of the second-order term; None for all.
+        max_drift, most: of an adaptive schedule, as in a Recipe: its `max_drift` and `interval`; `min_interval` is 2.
     """
 
     phases: tuple[str, ...]
@@ -41,6 +45,8 @@ class Method:
     frozen: bool = False
     cache: str = "bf16"
     rank: int | None = 16
+    max_drift: float | None = None
+    most: int = 5
 
 
 class Reuse(TorchFunctionMode):
@@ -54,11 +60,23 @@ class Reuse(TorchFunctionMode):
         super().__init__()
         self.method, self.tokens, self.gains = method, tokens, gains
         self.state: dict[tuple[str, int], dict[str, Any]] = {}
-        self.step, self.branch, self.layer = 0, "", 0
+        self.step, self.branch, self.layer, self.now = 0, "", 0, ""
+        self.schedule = Schedule(method.most, 0.0, max_drift=method.max_drift, min_interval=2)
+        self.decisions: dict[str, Decision] = {}
+        self.drifts: dict[str, list[torch.Tensor]] = {}
+        self.ran: dict[str, str] = {}  # branch -> what its steps were, in letters
 
     def announce(self, step: int, branch: str) -> None:
         """The next forward computes `branch` of `step`."""
         self.step, self.branch, self.layer = step, branch, 0
+        steps = self.method.phases[0]
+        self.now = steps[step]
+        if self.now == "a":
+            drifts, last = self.drifts[branch], self.decisions.get(branch)
+            one = self.schedule.decide(step, len(steps), last, lambda: float(torch.stack(drifts).mean()))
+            self.decisions[branch], self.now = one, "r" if one.refresh == step else "s"
+        self.drifts[branch] = []
+        self.ran[branch] = self.ran.get(branch, "") + self.now
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,7 +88,7 @@ class Reuse(TorchFunctionMode):
             return func(*args, **kwargs)
         layer, self.layer = self.layer, self.layer + 1
         phases = self.method.phases
-        phase = phases[layer % len(phases)][self.step]
+        phase = phases[layer % len(phases)][self.step].replace("a", self.now)
         state = self.state.setdefault((self.branch, layer), {})
         if phase == "d" or (phase == "p" and not state):
             return func(*args, **kwargs)
@@ -86,6 +104,7 @@ class Reuse(TorchFunctionMode):
     def refresh(self, state: dict[str, Any], layer: int, q: Any, k: Any, v: Any, scale: float) -> torch.Tensor:
         method = self.method
         dense, lse = flash(q, k, v, scale)
+        state["probe"] = probe(q) if method.max_drift is not None else None
         if not (method.frozen and "blocks" in state):
             mass = None if method.mask == "pooled" else block_mass(q, k, scale)
             scores = state.get("mass") if method.mask == "mass" else mass
@@ -116,6 +135,9 @@ class Reuse(TorchFunctionMode):
 
     def sparse(self, state: dict[str, Any], layer: int, q: Any, k: Any, v: Any, scale: float) -> torch.Tensor:
         method = self.method
+        if method.max_drift is not None:
+            then, now = state["probe"], probe(q)
+            self.drifts[self.branch].append((now - then).norm() / then.norm())
         o, lse = attend(q, k, v, state["blocks"], scale)
         if method.correction == "none":
             return o
@@ -131,6 +153,11 @@ class Reuse(TorchFunctionMode):
             return share * o + (1 - share) * state_o
         y = state["weight"] * o + state["residual"]
         return y + gain * state["change"] if gain and "change" in state else y
+
+
+def probe(q: torch.Tensor) -> torch.Tensor:
+    """The rows of q by which drift is measured."""
+    return q[:, :, :: probe_stride(q.shape[2])].float()
 
 
 def extrapolation(gain: Any, lag: int, tau: int) -> float:

@@ -51,6 +51,11 @@ def staggered(layers: int = 8, interval: int = 5) -> tuple[str, ...]:
     )
 
 
+def adaptive() -> tuple[str, ...]:
+    """Refreshes where they are due, after dense steps."""
+    return ("".join("d" if i < WARMUP else "a" for i in range(STEPS)),)
+
+
 def adjacent(interval: int = 5) -> tuple[str, ...]:
     """As fixed, with one more dense step before each refresh but the first."""
     return (fixed(interval)[0].replace("sr", "pr"),)
@@ -88,7 +93,12 @@ def all_rows() -> dict[str, Row]:
         add(f"d25/second_order-k/{name}", rank=rank, **CORRECTIONS["second_order-k"])
     schedules = {"early": explicit(2, 5, 9, 14), "late": explicit(2, 10, 15, 18), "staggered": staggered()}
     for name, phases in schedules.items():
-        add(f"d25/mixture-fitted/{name}", phases=phases, **pair["mixture-fitted"])
+        for correction, fields in pair.items():
+            add(f"d25/{correction}/{name}", phases=phases, **fields)
+    # As few refreshes as with a fixed interval of 5 (four) at one of these thresholds.
+    for drift in (0.2, 0.3, 0.4, 0.5, 0.6):
+        for correction, fields in pair.items():
+            add(f"d25/{correction}/adaptive {drift}", phases=adaptive(), max_drift=drift, most=8, **fields)
     for steps in (8, 4):
         for interval in (2, 5):
             for name, fields in {"none": CORRECTIONS["none"], "mixture-0.25": CORRECTIONS["mixture-0.25"]}.items():

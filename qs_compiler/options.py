@@ -47,7 +47,7 @@ CORRECTIONS = ("none", "first_order", "second_order", "complement", "mixture")
 GAINS = ("0", "1", "k/tau", "clipped")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 OVERRIDABLE = ("format", "density")
-REFRESHES = ("fixed", "staggered")
+REFRESHES = ("fixed", "staggered", "adaptive")
 CACHE_FORMATS = ("bf16", "fp8", "int8", "int4", "rank16", "rank32")
 
 
@@ -75,7 +75,10 @@ class Recipe:
         warmup: fraction of the first steps that runs dense.
         refresh_steps: instead of both, the steps that refresh, ascending; those before the first run dense.
         refresh: `fixed` refreshes all layers at once; `staggered` a share of 1 / interval at every step after the first
-            refresh, so that no step pays for a whole one.
+            refresh, so that no step pays for a whole one; `adaptive` all at once where q has drifted by more than
+            `max_drift`, at least `min_interval` and at most `interval` steps after the last one.
+        max_drift: of the step before: relative change of q since the refresh, mean over the layers.
+        min_interval: steps between refreshes that drift cannot undercut.
         keep: name patterns (fnmatch) of layers that stay in 16 bit.
         overrides: name pattern -> {"format": ..., "density": ...}; later patterns win, `keep` wins over all. A format
             for storage alone (`w8a16`, `w4a16`) reaches the linears outside of the repeated blocks too.
@@ -97,7 +100,9 @@ class Recipe:
     interval: int = DEFAULT_INTERVAL
     warmup: float = 0.1
     refresh_steps: tuple[int, ...] = ()
-    refresh: Literal["fixed", "staggered"] = "fixed"
+    refresh: Literal["fixed", "staggered", "adaptive"] = "fixed"
+    max_drift: float = 0.3
+    min_interval: int = 2
     keep: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     group_size: int = 128
@@ -119,6 +124,12 @@ class Recipe:
             raise RecipeError(
                 f"refresh '{self.refresh}' chooses the steps that refresh, and refresh_steps names them; give one."
             )
+        _number("max_drift", self.max_drift, "above 0, a relative change", lambda v: v > 0)
+        _integer("min_interval", self.min_interval, 2)
+        if self.refresh == "adaptive" and self.min_interval > self.interval:
+            raise RecipeError(
+                f"min_interval {self.min_interval} is above interval {self.interval}, the most steps between refreshes."
+            )
         _one_of("group_size", self.group_size, (32, 64, 128, 256))
         if isinstance(self.keep, str) or not isinstance(self.keep, Iterable):
             raise RecipeError(f"keep must be a sequence of name patterns, not {self.keep!r}; write keep=['*.to_q'].")
@@ -135,6 +146,7 @@ class Recipe:
         set_field = object.__setattr__  # the normal forms of what is valid
         set_field(self, "density", float(self.density))
         set_field(self, "warmup", float(self.warmup))
+        set_field(self, "max_drift", float(self.max_drift))
         set_field(self, "refresh_steps", tuple(self.refresh_steps))
         set_field(self, "keep", tuple(self.keep))
         set_field(self, "overrides", {pattern: dict(fields) for pattern, fields in self.overrides.items()})

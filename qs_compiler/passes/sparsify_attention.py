@@ -12,6 +12,9 @@ After, refresh:  scores = torch.ops.quantsparse.block_scores.default(q, k, kv_le
                  copy_ = torch.ops.aten.copy_.default(kv_num_blocks, kept[0])
                  copy__1 = torch.ops.aten.copy_.default(kv_indices, kept[1][..., :budget].to(torch.int16))
 
+With adaptive refreshes a refresh keeps some rows of q as `probe`, and a sparse step copies into `drift` how far these
+have moved since, |q - probe| / |probe|, which the runtime reads before the next step.
+
 In the dense phase the pass only finds the sites. The block lists are graph inputs that belong to one
 (video, layer, branch); a mask is chosen before the refresh that uses it and stays until the next one.
 """
@@ -25,7 +28,7 @@ import torch
 from torch import fx
 
 from .. import _compat
-from ..runtime.cache_layout import block_budget, cache_slots
+from ..runtime.cache_layout import block_budget, cache_slots, probe_stride
 from ..runtime.inputs import Cached, Scalar
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
 from .quantize_linear import _call
@@ -81,6 +84,11 @@ class SparsifyAttention(GraphPass):
         """The sparse form of one attention."""
         q, k, v = node.args[:3]
         lists = _block_lists(site, context, q)
+        if context.recipe.refresh == "adaptive":
+            probe, drift = (cache_input(context, site, slot, q) for slot in ("probe", "drift"))
+            moved = splice(graph, node, _drift, q, probe)
+            with graph.inserting_before(node):
+                _call(graph, node, aten.copy_.default, drift, moved)
         with graph.inserting_before(node):
             both = _call(
                 graph, node, qs.sparse_attention.default, q, k, v, None, None, None, *lists, node.meta.get("kv_len"),
@@ -95,6 +103,11 @@ class SparsifyAttention(GraphPass):
         recipe, kv_len = context.recipe, node.meta.get("kv_len")
         lists = _block_lists(site, context, q)
         scores = splice(graph, node, qs.block_scores.default, q, k, kv_len, _scale(node), recipe.block_size)
+        if recipe.refresh == "adaptive":
+            renewed = splice(graph, node, _renewed, q)
+            with graph.inserting_before(node):
+                for slot, new in zip(("probe", "drift"), renewed, strict=True):
+                    _call(graph, node, aten.copy_.default, cache_input(context, site, slot, q), new)
         mass = None
         if recipe.mask == "mass":
             mass = cache_input(context, site, "block_mass", q)
@@ -201,6 +214,20 @@ def flag(context: PassContext, site: AttentionSite, like: fx.Node, name: str) ->
     dtype = torch.bool if name == "new_video" else torch.float32
     provider = Scalar(name, site.index, like.meta["val"].device)
     return context.add_input(f"{name}_{site.index}", _fake(like, (), dtype), provider)
+
+
+def _probe(q: torch.Tensor) -> torch.Tensor:
+    return q[:, :, :: probe_stride(q.shape[2])].to(torch.bfloat16)
+
+
+def _renewed(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _probe(q), torch.zeros(1, device=q.device)
+
+
+def _drift(q: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
+    then = probe.float()
+    change = _probe(q).float() - then
+    return (change.square().sum() / then.square().sum().clamp_min(1e-12)).sqrt().reshape(1)
 
 
 def _select(scores: torch.Tensor, budget: int) -> tuple[torch.Tensor, torch.Tensor]:

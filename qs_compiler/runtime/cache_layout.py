@@ -2,6 +2,7 @@
 
 Bytes of one layer and branch, for q of shape (B, H, S, D) and blocks of `block_size` tokens, n = ceil(S / block_size):
 
+    probe of q       B H D times 2, times rows that are looked at (up to 511): adaptive refreshes only
     block lists      B H n (4 + 2 kept): the kept blocks only, int16
     residual         B H S D times 2 (bf16), 1 (fp8, int8) or 1/2 (int4)
     its scales       B H S times 4 (fp8, int8) or 2 (int4)
@@ -56,6 +57,9 @@ def cache_slots(recipe: Recipe, shape: tuple[int, int, int, int]) -> dict[str, S
         "kv_num_blocks": Slot((batch, heads, blocks), torch.int32),
         "kv_indices": Slot((batch, heads, blocks, kept), torch.int16),
     }
+    if recipe.refresh == "adaptive":
+        slots["probe"] = Slot((batch, heads, math.ceil(rows / probe_stride(rows)), dim), torch.bfloat16)
+        slots["drift"] = Slot((1,), torch.float32)
     if recipe.mask == "mass":
         slots["block_mass"] = Slot((batch, heads, blocks, blocks), torch.float32)
     if recipe.correction == "none":
@@ -84,6 +88,11 @@ def cache_bytes(recipe: Recipe, shape: tuple[int, int, int, int], layers: int = 
         layers: how many there are.
     """
     return layers * sum(slot.nbytes for slot in cache_slots(recipe, shape).values())
+
+
+def probe_stride(rows: int) -> int:
+    """An adaptive refresh looks at every n-th row of q: at most 511 of them."""
+    return max(1, rows // 256)
 
 
 def block_budget(density: float, kv_blocks: int) -> int:

@@ -22,7 +22,7 @@ from .caches import CacheEntry, Frame, tensor_version
 from .implicit import ImplicitSignal
 from .inputs import Cached, Packed, Provider
 from .placement import Demand, belongs_on_host
-from .schedule import Schedule
+from .schedule import Decision, Schedule
 from .tracker import Signal, is_announced, signal_of
 from .weights import packs_for_call
 
@@ -91,8 +91,13 @@ class CompiledGraph:
             return self._run(self.dense, args, Frame())
         entries = [self._entry(signal, site, args) for site in sparse.sites]
         owners, layers = [args[site.anchor] for site in sparse.sites], signal.video.layers[signal.branch]
-        late = [self._schedule.late(entry.position, layers, signal.num_steps) for entry in entries]
-        plans = [self._schedule.refresh_step(signal.step, signal.num_steps, n) for n in late]
+        if self._schedule.max_drift is not None:
+            decision = self._decide(signal)
+            plans, taus = [decision.refresh] * len(entries), [decision.tau] * len(entries)
+        else:
+            late = [self._schedule.late(entry.position, layers, signal.num_steps) for entry in entries]
+            plans = [self._schedule.refresh_step(signal.step, signal.num_steps, n) for n in late]
+            taus = [self._schedule.tau(p, signal.num_steps, n) for p, n in zip(plans, late, strict=True)]
         planned = frozenset(i for i, plan in enumerate(plans) if plan == signal.step)
         stale = [not entry.valid_for(o, p) for entry, o, p in zip(entries, owners, plans, strict=True)]
         variant = refresh
@@ -104,7 +109,6 @@ class CompiledGraph:
             _allocate(entries, variant.slots, devices, on_host)
         due = range(len(entries)) if variant is refresh else sorted(planned)
         lags = [signal.step - entry.computed_at for entry in entries]
-        taus = [self._schedule.tau(p, signal.num_steps, n) for p, n in zip(plans, late, strict=True)]
         frame = Frame(entries=entries)
         frame.scalars["gain"] = [self._gain_at(lag, tau) for lag, tau in zip(lags, taus, strict=True)]
         frame.scalars["new_video"] = [entry.refreshed_at is None for entry in entries]
@@ -115,6 +119,23 @@ class CompiledGraph:
             entries[i].owner, entries[i].version = weakref.ref(owners[i]), tensor_version(owners[i])
             entries[i].refreshed_at, entries[i].computed_at = plans[i], signal.step
         return out
+
+    def _decide(self, signal: Signal) -> Decision:
+        """The adaptive decision for this step and branch; the first graph that a step runs makes it for all.
+
+        Reading the drift waits for the step before: what the host was ahead of the device is lost once a step.
+        """
+        video, branch = signal.video, signal.branch
+
+        def drift() -> float:
+            entries = [e for key, e in video.caches.items() if key[2] == branch and "drift" in e.tensors]
+            device = entries[0].tensors["drift"].device
+            return float(torch.cat([e.tensors["drift"].to(device) for e in entries]).mean())
+
+        last = video.decisions.get(branch)
+        decision = self._schedule.decide(signal.step, signal.num_steps, last, drift)
+        video.decisions[branch] = decision
+        return decision
 
     def _due(
         self, planned: frozenset[int], args: Sequence[Any], on_host: bool, refresh: Variant, sparse: Variant
@@ -177,6 +198,11 @@ class CompiledGraph:
             demand = self._demands[sizes]
             used = sum(entry.device_bytes for entry in signal.video.caches.values())
             place = belongs_on_host(demand, anchor.device, self._budget, used, self._cuda_graphs)
+            if place and self._schedule.max_drift is not None:
+                raise UnsupportedError(
+                    "the caches of this video go to host memory, and adaptive refreshes read theirs at every step; "
+                    "raise memory_budget, choose a smaller cache_format (int4, rank16), or refresh='fixed'."
+                )
             places[key] = (place, final)
             self._report.cache_bytes, self._report.cache_place = demand.total, "host" if place else "device"
         return place

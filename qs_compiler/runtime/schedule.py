@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,15 @@ if TYPE_CHECKING:
 # Step-distilled models do 4 to 8 steps, where a refresh every 5 steps, meant for 20 to 50, is next to none.
 DEFAULT_INTERVAL = 5
 FEW_STEPS, FEW_STEPS_INTERVAL = 8, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What an adaptive schedule decided at `step`: the refresh whose caches it uses or makes, tau after the last."""
+
+    step: int
+    refresh: int
+    tau: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +35,41 @@ class Schedule:
         refresh_steps: instead of both, the steps that refresh, ascending; those before the first run dense.
         staggered: after a first refresh of all, each layer has steps of its own, so that every step refreshes a share
             of 1 / interval: see `late`.
+        max_drift, min_interval: of an adaptive schedule: it refreshes where the step before had drifted further, at
+            least so many steps after the last refresh, and at most `interval`. None: not adaptive.
     """
 
     interval: int
     warmup: float
     refresh_steps: tuple[int, ...] = ()
     staggered: bool = False
+    max_drift: float | None = None
+    min_interval: int = 1
 
     @classmethod
     def of(cls, recipe: Recipe) -> Schedule:
         """The schedule of a recipe."""
-        return cls(recipe.interval, recipe.warmup, recipe.refresh_steps, recipe.refresh == "staggered")
+        drift = recipe.max_drift if recipe.refresh == "adaptive" else None
+        staggered = recipe.refresh == "staggered"
+        return cls(recipe.interval, recipe.warmup, recipe.refresh_steps, staggered, drift, recipe.min_interval)
+
+    def decide(self, step: int, num_steps: int, last: Decision | None, drift: Callable[[], float]) -> Decision:
+        """What a step of an adaptive schedule uses or makes, for all layers of a branch.
+
+        Args:
+            step: not before `first_refresh`.
+            last: the decision of the step before, or of this very one.
+            drift: asked where it matters: that of the step before, which the device may still be computing.
+        """
+        if last is None:
+            return Decision(step, step, self._interval(num_steps))
+        if last.step == step:
+            return last
+        age = step - last.refresh
+        due = age >= self._interval(num_steps)
+        if not due and age >= self.min_interval:
+            due = drift() > self.max_drift
+        return Decision(step, step, age) if due else dataclasses.replace(last, step=step)
 
     def first_refresh(self, num_steps: int) -> int:
         """Number of dense steps at the start."""
@@ -68,7 +102,10 @@ class Schedule:
         return self._interval(num_steps) if earlier is None else refresh - earlier
 
     def counts(self, num_steps: int) -> dict[str, int]:
-        """How many steps of a run are dense, refresh and sparse; staggered, all after the first refresh are "mixed"."""
+        """How many steps of a run are dense, refresh and sparse; staggered, all after the first refresh are "mixed".
+
+        An adaptive schedule is counted with the fewest refreshes that it can have.
+        """
         dense, refresh, sparse = self._counts(num_steps, late=0)
         if self.staggered and sparse:
             return {"dense": dense, "refresh": 1, "mixed": refresh - 1 + sparse}

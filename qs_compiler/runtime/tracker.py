@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import SignalError
 from .caches import CacheEntry
 from .gains import note_gains
+from .schedule import Decision
 
 _VIDEO_NUMBERS = itertools.count(1)
 
@@ -32,6 +33,7 @@ class Video:
         num_steps: length of the run, or None where it is unknown.
         caches: (anchor id, ordinal, branch, occurrence) -> CacheEntry.
         layers: branch -> how many layers of it have caches.
+        decisions: branch -> what an adaptive schedule last decided for it.
         on_host: (graph, first anchor's id, branch, sizes) -> whether the caches of that call lie in host memory, and
             whether that is settled; before the first refresh it is a forecast.
     """
@@ -41,6 +43,7 @@ class Video:
         self.num_steps = num_steps
         self.caches: dict[tuple[Any, ...], CacheEntry] = {}
         self.layers: collections.Counter[str | None] = collections.Counter()
+        self.decisions: dict[str | None, Decision] = {}
         self.on_host: dict[tuple[Any, ...], tuple[bool, bool]] = {}
         self._seen: dict[Hashable, tuple[int, int]] = {}
         self._call = 0

@@ -1,4 +1,4 @@
-"""Refreshes staggered over the layers: each layer's caches are its own refresh's, whoever compiled it with whom."""
+"""When layers refresh, staggered or by drift: their caches are their own refresh's, whoever compiled them with whom."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.backend.models import RECIPE, clip, make
 STEPS, BLOCKS = 7, 4
 STAGGERED = {**RECIPE, "format": "off", "interval": 2, "refresh": "staggered"}
 STAGGERED |= {"correction": "second_order", "rank": 2, "mask": "mass"}
+ADAPTIVE = {**RECIPE, "format": "off", "interval": 4, "refresh": "adaptive", "max_drift": 0.4}
 
 
 class Runs:
@@ -25,8 +26,8 @@ class Runs:
         self.model = model
 
     def denoise(self, *videos: int, until: int = STEPS, leave_out: tuple[int, ...] = ()) -> list[list[torch.Tensor]]:
-        """The outputs of each video, several of them as branches of one run; `stamps` is when each layer refreshed."""
-        self.stamps, out = [], [[] for _ in videos]
+        """The outputs of each video, several of them as branches of one run; `stamps`, `drifts`: of each step."""
+        self.stamps, self.drifts, out = [], [], [[] for _ in videos]
         before = self.calls()
         clips = [clip(video, STEPS) for video in videos]
         with qs.denoising(self.model, STEPS) as run:
@@ -35,7 +36,9 @@ class Runs:
                     if step not in leave_out:
                         run.step(step, branch=str(branch))
                         out[branch].append(self.model(**inputs[step]))
-                self.stamps.append([entry.computed_at for entry in run.caches("0")])
+                entries = run.caches("0")
+                self.stamps.append([entry.computed_at for entry in entries])
+                self.drifts.append([float(e.tensors["drift"]) for e in entries if "drift" in e.tensors])
         self.ran = {name: n for name, n in (self.calls() - before).items() if n}
         return out
 
@@ -63,9 +66,8 @@ def test_each_layer_refreshes_at_its_own_steps() -> None:
     passes = [p for p in qs.reports()[-1].passes if p.phase == "mixed"]
     assert [p.matched for p in passes if p.name == "outline_repeated_blocks"] == [BLOCKS, BLOCKS], "two bodies a form"
 
-    for until in (1, 4):  # given up and started again
-        whole.denoise(7, until=until)
-        assert same(whole.denoise(8)[0], b)
+    whole.denoise(7, until=4)  # given up and started again
+    assert same(whole.denoise(8)[0], b)
     one, two = whole.denoise(7, 8)
     assert same(one, a) and same(two, b), "each branch has refreshes of its own"
     # Two layers refresh at step 3 only, or else have nothing valid for step 4: then all do.
@@ -73,7 +75,7 @@ def test_each_layer_refreshes_at_its_own_steps() -> None:
     assert whole.ran == {"refresh": 2, "mixed": 2} and whole.stamps[-1] == [4] * 4
 
 
-def test_schedule() -> None:
+def test_staggered_schedule() -> None:
     staggered = Schedule(5, 0.1, staggered=True)
     assert [staggered.late(i, 8, 20) for i in range(8)] == [0, 0, 1, 1, 2, 3, 3, 4]
     assert [staggered.refresh_step(i, 20, late=3) for i in range(2, 12)] == [2, 2, 2, 5, 5, 5, 5, 5, 10, 10]
@@ -85,3 +87,50 @@ def test_schedule() -> None:
         qs.Recipe(refresh="staggered", refresh_steps=(2, 5))
     with pytest.raises(RecipeError, match=r"refresh 'stagered' is not known.*staggered"):
         qs.Recipe(refresh="stagered")
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_a_refresh_comes_when_q_has_drifted() -> None:
+    model, inputs = make(blocks=2), clip(7, STEPS)
+    queries = []
+    hook = model.blocks[0].qkv.register_forward_hook(lambda module, args, out: queries.append(out[..., :32].bfloat16()))
+    for one in inputs:
+        model(**one)
+    hook.remove()
+    first = [float((q - queries[0]).float().norm() / queries[0].float().norm()) for q in queries[:3]]
+
+    options = {"recipe": ADAPTIVE}
+    whole = Runs(torch.compile(model, backend="quantsparse", options=options))
+    out = whole.denoise(7)[0]
+    assert whole.stamps == [[at] * 2 for at in (0, 0, 0, 3, 3, 3, 6)] and whole.ran == {"refresh": 3, "sparse": 4}
+    # Layer 0 sees nothing of an attention before it, so its q is the full model's.
+    assert [d[0] for d in whole.drifts[:3]] == pytest.approx(first, rel=1e-3)
+    above = [sum(d) / 2 > ADAPTIVE["max_drift"] for d in whole.drifts]
+    assert above == [False, False, True, False, False, True, False], "each refresh comes a step later"
+    assert same(whole.denoise(7)[0], out)
+
+    blocks = Runs(make(blocks=2))
+    for block in blocks.model.blocks:
+        block.compile(backend="quantsparse", options=options)
+    assert same(blocks.denoise(7)[0], out) and blocks.stamps == whole.stamps, "all graphs of a step decide alike"
+
+
+def test_adaptive_schedule() -> None:
+    schedule = Schedule.of(qs.Recipe(density=0.25, refresh="adaptive", interval=5, min_interval=3, max_drift=0.1))
+    decisions, asked = [], []
+    for step in range(2, 16):
+        drift = 0.2 if step in (3, 4, 5, 12) else 0.05
+        last = decisions[-1] if decisions else None
+        one = schedule.decide(step, 20, last, lambda d=drift, s=step: asked.append(s) or d)
+        assert schedule.decide(step, 20, one, lambda: 1.0) == one, "the same step again"
+        decisions.append(one)
+    assert [d.refresh for d in decisions] == [2, 2, 2, 5, 5, 5, 5, 5, 10, 10, 10, 10, 10, 15]
+    assert [d.tau for d in decisions] == [5, 5, 5, 3, 3, 3, 3, 3, 5, 5, 5, 5, 5, 5]
+    assert asked == [5, 8, 9, 13, 14], "the device is waited for only where its answer counts"
+    for fields, text in (
+        ({"max_drift": 0}, "max_drift must be a number above 0, a relative change, not 0"),
+        ({"min_interval": 1}, "min_interval must be an integer of at least 2, not 1"),
+        ({"refresh": "adaptive", "min_interval": 6}, "min_interval 6 is above interval 5"),
+    ):
+        with pytest.raises(RecipeError, match=text):
+            qs.Recipe(**fields)
