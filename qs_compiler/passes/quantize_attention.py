@@ -92,7 +92,7 @@ class QuantizeAttention(GraphPass):
         )
         codes, scales = zip(*operands, strict=True)
         if context.recipe.correction == "complement" and "qs_site" in node.meta:
-            shift = splice(graph, node, _lse_shift, codes[0], scales[0], k, kv_len, node.args[11])
+            shift = splice(graph, node, _lse_shift, codes[0], scales[0], k, smooth, kv_len, node.args[11])
             node.meta["qs_lse_shift"] = shift
         node.args = (*codes, *scales, *node.args[6:])
 
@@ -120,16 +120,21 @@ def why_not(node: fx.Node, context: PassContext) -> str | None:
 
 
 def _lse_shift(
-    codes: torch.Tensor, scales: torch.Tensor, k: torch.Tensor, kv_len: torch.Tensor | None, scale: float
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    k: torch.Tensor,
+    smooth: torch.Tensor,
+    kv_len: torch.Tensor | None,
+    scale: float,
 ) -> torch.Tensor:
-    """What log-sum-exps (B, H, S) lose with the mean of the keys that count: scale q . mean(k)."""
+    """What log-sum-exps (B, H, S) lose with the mean of the keys that count: scale q . mean(k), q times `smooth`."""
     k = k.float()
     if kv_len is None:
         mean = k.mean(2)
     else:
         counts = torch.arange(k.shape[2], device=k.device) < kv_len[:, None]
         mean = (k * counts[:, None, :, None]).sum(2) / kv_len.clamp(min=1)[:, None, None]
-    mean = mean.repeat_interleave(codes.shape[1] // k.shape[1], 1)
+    mean = (mean / smooth).repeat_interleave(codes.shape[1] // k.shape[1], 1)
     return (codes.float() * mean[:, :, None]).sum(-1) * scales * scale
 
 
