@@ -28,8 +28,10 @@ SPARSE = {
     "first_order": {"correction": "first_order"},
     "second_order-1": {"correction": "second_order", "gain": "1"},
     "second_order-k": {"correction": "second_order", "gain": "k/tau"},
-    "complement-0": {"correction": "complement", "gain": "0"},
-    "complement-k": {"correction": "complement", "gain": "k/tau"},
+    "mixture-0.25": {"correction": "mixture"},  # the weights' calibration fits no gains
+    "complement": {"correction": "complement"},
+    "staggered": {"correction": "mixture", "refresh": "staggered"},
+    "adaptive": {"correction": "mixture", "refresh": "adaptive", "interval": 8},
 }
 
 
@@ -73,7 +75,7 @@ def all_rows() -> dict[str, Row]:
         row = _sparse("w4a8", percent, "second_order-k", "small")
         rows.append(dataclasses.replace(row, name=f"w4a8-d{percent}/msad", calibration=STAGES["msad"]))
     for percent in (25, 15):
-        for kind in ("naive", "none", "first_order", "complement-k"):
+        for kind in ("naive", "none", "first_order", "mixture-0.25"):
             rows.append(_sparse("w4a8", percent, kind, "large"))
     for name in ("w4a8", "w4a4", "w8a8"):
         rows.append(Row(f"{name}/default/compiled", Recipe.parse(name), STAGES["default"], compiled=True))

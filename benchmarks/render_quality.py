@@ -40,13 +40,15 @@ CORRECTIONS = {
     "first_order": "first order",
     "second_order-1": "second order, f = 1 (the paper)",
     "second_order-k": "second order, f = k/tau",
-    "complement-0": "complement",
-    "complement-k": "complement, f = k/tau",
+    "mixture-0.25": "mixture, g = 0.25",
+    "complement": "complement",
+    "staggered": "mixture, g = 0.25, staggered refreshes",
+    "adaptive": "mixture, g = 0.25, refreshes by drift",
     "first_order/reference": "first order, by the references",
     "msad": "second order, f = k/tau; MSAD",
 }
 LINES = {"naive": "#8a949e", "none": "#d9822b", "first_order": "#2a7f9e", "second_order-1": "#b3446c",
-         "complement-k": "#3b8f4d"}  # fmt: skip
+         "mixture-0.25": "#3b8f4d"}  # fmt: skip
 
 Rows = dict[str, dict[str, Any]]
 

@@ -23,12 +23,12 @@ class Runs:
     """A model and what its runs gave."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model, self.ran = model, None
 
     def denoise(self, *videos: int, until: int = STEPS, leave_out: tuple[int, ...] = ()) -> list[list[torch.Tensor]]:
         """The outputs of each video, several of them as branches of one run; `stamps`, `drifts`: of each step."""
         self.stamps, self.drifts, out = [], [], [[] for _ in videos]
-        before = self.calls()
+        before = collections.Counter() if self.ran is None else self.calls()
         clips = [clip(video, STEPS) for video in videos]
         with qs.denoising(self.model, STEPS) as run:
             for step in range(until):
@@ -43,7 +43,7 @@ class Runs:
         return out
 
     def calls(self) -> collections.Counter[str]:
-        return collections.Counter(qs.reports()[-1].calls) if qs.reports() else collections.Counter()
+        return collections.Counter(qs.reports()[-1].calls)
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
