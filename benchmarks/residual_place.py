@@ -1,7 +1,7 @@
 """The cached residual in front of the output projection, or carried through it: which is nearer to first order?
 
-In front, as the package does it, a sparse step computes y = W_o (A_sparse + D); carried through, it is
-W_o A_sparse + P, with P = W_o D cached instead of D, which has the same size. Attentions of the bundled model while it denoises, D of one
+In front, as the package does it, a sparse step computes y = W_o (A_sparse + D); carried through, it is W_o A_sparse + P
+where P = W_o D is cached in the place of D, of the same size. Attentions of the bundled model as it denoises, D of one
 step and A_sparse of the next; errors are relative to W_o (A_sparse + D) in float32. Both caches have a scale for each
 token and as many channels as a head has. Writes benchmarks/results/residual_place.json.
 

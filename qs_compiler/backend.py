@@ -125,10 +125,10 @@ class GraphCompiler:
             self.options.recipe,
             self.options,
             phase,
-            refreshing,
             CallTimeWeights(args),
             attached=self.attached,
             caches_on_host=on_host,
+            refreshing=refreshing,
         )
         self.report.passes += run_passes(context, self.dump)
         examples = [node.meta["val"] for node in context.capture.placeholders[len(capture.inputs) :]]

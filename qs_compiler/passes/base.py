@@ -70,11 +70,11 @@ class PassContext:
         recipe: the recipe of this compile; `recipe.for_layer(name)` applies the overrides by name.
         options: the other options of this compile.
         phase: which of the forms is being built.
-        refreshing: indices of the attentions that refresh in a MIXED phase.
         weights: gives quantize_linear the packed form of a parameter.
         attached: the model owns packed tensors, so a linear over a 16-bit weight is meant to stay.
         caches_on_host: the caches of this phase lie in host memory.
         exported: the result is an ExportedProgram: one flat graph, and no runtime that supplies further inputs.
+        refreshing: indices of the attentions that refresh in a MIXED phase.
         sites: the attentions that may run sparse, filled by sparsify_attention.
         extra_inputs: providers of the graph inputs that passes appended, in order.
         packed_from: packed graph input -> position of the parameter that it packs.
@@ -84,11 +84,11 @@ class PassContext:
     recipe: Recipe
     options: BackendOptions
     phase: Phase
-    refreshing: frozenset[int] = frozenset()
     weights: Any = None
     attached: bool = False
     caches_on_host: bool = False
     exported: bool = False
+    refreshing: frozenset[int] = frozenset()
     sites: list[AttentionSite] = dataclasses.field(default_factory=list)
     extra_inputs: list[Any] = dataclasses.field(default_factory=list)
     packed_from: dict[fx.Node, int] = dataclasses.field(default_factory=dict)
