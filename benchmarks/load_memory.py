@@ -23,6 +23,7 @@ import qs_compiler as qs
 from qs_compiler.artifact import Artifact, config_hash, rest_of
 from qs_compiler.packing import PackedWeight, empty_packed_weight
 from qs_compiler.pipeline import plan_layers
+from qs_compiler.source_model import SAMPLES
 
 RESULTS = Path(__file__).parent / "results" / "load_memory.json"
 
@@ -37,7 +38,7 @@ def synthetic(name: str, layers: int | None, recipe: qs.Recipe) -> Artifact:
             tensor.fill_(0.01) if tensor is empty.ws else tensor.view(torch.uint8).random_(1, 8)
         packed[path] = empty
     rest = {n: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t for n, t in rest_of(model, packed).items()}
-    dtypes, samples = dict.fromkeys(packed, torch.bfloat16), {path: [0.0] for path in packed}
+    dtypes, samples = dict.fromkeys(packed, torch.bfloat16), {path: [0.0] * SAMPLES for path in packed}
     return Artifact(recipe, type(model).__name__, config_hash(model), packed, samples=samples, dtypes=dtypes, rest=rest)
 
 
