@@ -13,9 +13,9 @@ full-precision q and k choose: what is left there is not the mask's doing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -27,35 +27,35 @@ import torch
 from quality import CAPTION_SEED, Bench, add_arguments, packed_linear
 from quality_rows import all_rows
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from qs_compiler.artifact import package_versions
+from qs_compiler.calibration.attention_call import AttentionCall, AttentionListener
 from qs_compiler.calibration.walk import replaced_forwards
 from qs_compiler.demo.data import draw_scenes, render
 from qs_compiler.demo.model import make_scheduler
-from qs_compiler.passes.sparsify_attention import block_budget
+from qs_compiler.runtime.cache_layout import block_budget
 
 RESULTS = Path(__file__).parent / "results" / "quality_factorial.json"
 BLOCK = 128
 ops = torch.ops.quantsparse
 
 
-class SelfAttentions(TorchFunctionMode):
-    """While open, keeps q, k and v of every self-attention."""
+class _Heard(Exception):
+    """What follows a block's self-attention needs no computing."""
+
+
+class SelfAttention(AttentionListener):
+    """While open, keeps q, k and v of the first self-attention, and raises `_Heard` instead of computing it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[torch.Tensor, ...]] = []
+        self.seen: tuple[torch.Tensor, ...] = ()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self._see(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _see(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> None:
-        if query.shape[-2] == key.shape[-2]:
-            self.seen.append((query.float(), key.float(), value.float()))
+    def hear(self, call: AttentionCall) -> None:
+        """Keep it."""
+        if call.is_self_attention:
+            self.seen = (call.query.float(), call.key.float(), call.value.float())
+            raise _Heard
 
 
 def kept_blocks(q: torch.Tensor, k: torch.Tensor, density: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,73 +75,83 @@ def attend(qkv: tuple[torch.Tensor, ...], lists: tuple[torch.Tensor, torch.Tenso
     )[0]
 
 
-def errors(full: tuple[torch.Tensor, ...], quantized: tuple[torch.Tensor, ...], density: float) -> Counter[str]:
-    """Squared norms of one attention, by name."""
-    lists, own = kept_blocks(*full[:2], density), kept_blocks(*quantized[:2], density)
-    o00, o10, o01 = attend(full, None), attend(quantized, None), attend(full, lists)
-    o11, swapped = attend(quantized, own), attend(quantized, lists)
-    q, s = o10 - o00, o01 - o00
-    parts = {"quantized": q, "sparse": s, "both": o11 - o00, "swapped": swapped - o00}
-    parts |= {"interaction": o11 - o10 - s, "swapped_interaction": swapped - o10 - s}
-    found = {name: float(t.double().square().sum()) for name, t in parts.items()}
-    return Counter(found | {"power": float(o00.double().square().sum()), "dot": float((q.double() * s.double()).sum())})
+class Reference:
+    """One attention in full precision: dense, and over the blocks that it keeps at each density."""
+
+    def __init__(self, qkv: tuple[torch.Tensor, ...], densities: list[float]) -> None:
+        self.dense = attend(qkv, None)
+        self.lists = {density: kept_blocks(*qkv[:2], density) for density in densities}
+        self.sparse = {density: attend(qkv, lists) for density, lists in self.lists.items()}
+
+    def errors(self, qkv: tuple[torch.Tensor, ...], sums: dict[float, Counter[str]]) -> None:
+        """Add squared norms of the quantised attention, by name, to the sums of each density."""
+        o00, o10 = self.dense, attend(qkv, None)
+        for density, total in sums.items():
+            o11 = attend(qkv, kept_blocks(*qkv[:2], density))
+            swapped = attend(qkv, self.lists[density])
+            q, s = o10 - o00, self.sparse[density] - o00
+            parts = {"quantized": q, "sparse": s, "both": o11 - o00, "swapped": swapped - o00}
+            parts |= {"interaction": o11 - o10 - s, "swapped_interaction": swapped - o10 - s, "power": o00}
+            total.update({name: float(t.double().square().sum()) for name, t in parts.items()})
+            total["dot"] += float((q.double() * s.double()).sum())
 
 
-def blocks_alone(model: Any, linears: dict[Any, Callable[..., Any]], look: Callable[..., None]) -> list[Any]:
-    """Hooks: each block is run twice on its full-precision input, and `look` sees both lists of self-attentions."""
+Linears = dict[Any, Callable[..., Any]]
+Sums = dict[str, dict[float, Counter[str]]]
 
-    def hook(block: Any, args: Any, kwargs: Any) -> None:
-        if busy:
-            return
-        busy.append(block)
-        found = []
-        for forwards in ({}, linears):
-            with replaced_forwards(forwards), SelfAttentions() as tap:
-                block(*args, **kwargs)
-            found.append(tap.seen)
-        busy.clear()
-        look(*found)
 
-    busy: list[Any] = []
-    return [block.register_forward_pre_hook(hook, with_kwargs=True) for block in model.blocks]
+def look(rows: dict[str, Linears], sums: Sums, busy: list[Any], block: Any, args: Any, kwargs: Any) -> None:
+    """Hook: a block's self-attention, with full-precision and with each row's linears, on its full-precision input."""
+    if busy:
+        return
+
+    def qkv(linears: Linears) -> tuple[torch.Tensor, ...]:
+        with replaced_forwards(linears), SelfAttention() as heard, contextlib.suppress(_Heard):
+            block(*args, **kwargs)
+        return heard.seen
+
+    busy.append(block)
+    reference = Reference(qkv({}), list(next(iter(sums.values()))))
+    for name, linears in rows.items():
+        reference.errors(qkv(linears), sums[name])
+    busy.clear()
 
 
 @torch.no_grad()
-def factorial(bench: Bench, name: str, densities: list[float], clips: int) -> list[dict[str, Any]]:
-    """One entry a density."""
-    row, setting = all_rows()[name], bench.setting("small")
-    layers, _ = bench.layers(row)
-    modules = {n: bench.model.get_submodule(n) for n in layers}
-    linears = {m: functools.partial(packed_linear, layers[n], m.bias) for n, m in modules.items()}
-    sums: dict[float, Counter[str]] = {density: Counter() for density in densities}
-
-    def look(full: list[Any], quantized: list[Any]) -> None:
-        for one, two in zip(full, quantized, strict=True):
-            for density in densities:
-                sums[density].update(errors(one, two, density))
-
+def factorial(bench: Bench, names: list[str], densities: list[float], clips: int) -> list[dict[str, Any]]:
+    """One entry a row and density."""
+    setting, rows = bench.setting("small"), {}
+    for name in names:
+        layers, _ = bench.layers(all_rows()[name])
+        modules = {n: bench.model.get_submodule(n) for n in layers}
+        rows[name] = {m: functools.partial(packed_linear, layers[n], m.bias) for n, m in modules.items()}
+    sums: Sums = {name: {density: Counter() for density in densities} for name in names}
     scenes = draw_scenes(clips, CAPTION_SEED, held_out=True)
     pixels = 2 * render(scenes, setting.frames, setting.side, bench.device) - 1
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(CAPTION_SEED)).to(bench.device)
     timesteps = make_scheduler(clips, setting.shift).timesteps.to(bench.device)
-    hooks = blocks_alone(bench.model, linears, look)
+    hook = functools.partial(look, rows, sums, [])
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in bench.model.blocks]
     for i, caption in enumerate(scenes.captions()):
         bench.model(
             hidden_states=torch.lerp(pixels[i : i + 1], noise[i : i + 1], timesteps[i] / 1000).to(bench.dtype),
             timestep=timesteps[i : i + 1],
             encoder_hidden_states=bench.text.encode([caption]),
         )
-    for hook in hooks:
-        hook.remove()
-    found = []
-    for density, total in sums.items():
-        shares = {n: total[n] / total["power"] for n in total if n not in ("power", "dot")}
-        apart = shares["quantized"] + shares["sparse"]
-        angle = total["dot"] / (total["quantized"] * total["sparse"]) ** 0.5
-        ratios = {"both_over_sum": shares["both"] / apart, "swapped_over_sum": shares["swapped"] / apart}
-        entry = {n: float(f"{v:.4g}") for n, v in {**shares, **ratios, "angle": angle}.items()}
-        found.append({"name": name, "density": density, **entry})
-    return found
+        print(f"clip {i + 1} of {clips}", flush=True)
+    for handle in handles:
+        handle.remove()
+    return [entry(name, density, total) for name, own in sums.items() for density, total in own.items()]
+
+
+def entry(name: str, density: float, total: Counter[str]) -> dict[str, Any]:
+    """Shares of the energy, and how they combine."""
+    shares = {n: total[n] / total["power"] for n in total if n not in ("power", "dot")}
+    apart = shares["quantized"] + shares["sparse"]
+    angle = total["dot"] / (total["quantized"] * total["sparse"]) ** 0.5
+    ratios = {"both_over_sum": shares["both"] / apart, "swapped_over_sum": shares["swapped"] / apart}
+    found = {n: float(f"{v:.4g}") for n, v in {**shares, **ratios, "angle": angle}.items()}
+    return {"name": name, "density": density, **found}
 
 
 def main() -> None:
@@ -150,16 +160,13 @@ def main() -> None:
     parser.set_defaults(output=RESULTS, rows=["w4a8/rounding", "w4a8/default", "w4a4/rounding", "w4a4/default"])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.4, 0.25, 0.15])
     args = parser.parse_args()
-    bench, entries = Bench(args), []
-    for name in args.rows:
-        entries += factorial(bench, name, args.densities, args.clips)
-        print("\n".join(json.dumps(entry) for entry in entries[-len(args.densities) :]), flush=True)
-        about = {"device": bench.card(), "versions": package_versions(), "date": date.today().isoformat()}
-        command = " ".join(["python", *sys.argv])
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        part = args.output.with_name(f".{args.output.name}.part")
-        part.write_text(json.dumps({"command": command, **about, "key": bench.key(), "rows": entries}, indent=1) + "\n")
-        os.replace(part, args.output)
+    bench = Bench(args)
+    entries = factorial(bench, args.rows, args.densities, args.clips)
+    print("\n".join(json.dumps(entry) for entry in entries), flush=True)
+    about = {"device": bench.card(), "versions": package_versions(), "date": date.today().isoformat()}
+    about |= {"command": " ".join(["python", *sys.argv]), "clips": args.clips, "key": bench.key()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({**about, "rows": entries}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

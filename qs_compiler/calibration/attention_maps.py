@@ -3,18 +3,19 @@
     global (eq. 6)   A = softmax(Q~ K~^T / sqrt(d)),  Q~, K~ averaged over `stride` neighbouring tokens: (L/stride)^2
     local  (eq. 7-8) A = softmax(Q_I K^T / sqrt(d)),  I the tokens that receive most attention: k x L
 
-q and k are what the model hands to scaled_dot_product_attention, so after its norms and rotary embedding. They are seen
-by a function mode around the forward; no attention class is known by name.
+q and k are what the model hands to scaled_dot_product_attention, so after its norms and rotary embedding.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
 
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from .attention_call import AttentionCall, AttentionListener
 
 MAP_ROWS = 256  # query rows whose attention over all keys is computed at a time, for one head
 
@@ -34,7 +35,7 @@ class AttentionInputs:
         return AttentionInputs(self.q.detach().to(device), self.k.detach().to(device), self.scale, real)
 
 
-class AttentionTap(TorchFunctionMode):
+class AttentionTap(AttentionListener):
     """While open, keeps the inputs of every self-attention in `seen`, in the order of the calls.
 
     Attributes:
@@ -46,40 +47,23 @@ class AttentionTap(TorchFunctionMode):
         self.seen: list[AttentionInputs] = []
         self.skipped: dict[str, int] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self._see(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _see(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
+    def hear(self, call: AttentionCall) -> None:
+        """Keep it, or count why not."""
         why = None
-        real = None
-        if query.dim() != 4 or query.shape[-2] != key.shape[-2]:
+        if not call.is_self_attention:
             why = "cross attention"
-        elif is_causal:
+        elif call.is_causal:
             why = "causal attention"
-        elif attn_mask is not None:
-            if attn_mask.dtype == torch.bool and attn_mask.dim() == 4 and attn_mask.shape[1:3] == (1, 1):
-                real = attn_mask[:, 0, 0].expand(len(query), -1)
-            else:
-                why = "attention with a mask that is not of keys alone"
+        elif call.attn_mask is not None and not call.masks_keys_alone:
+            why = "attention with a mask that is not of keys alone"
         if why is not None:
             self.skipped[why] = self.skipped.get(why, 0) + 1
             return
-        if enable_gqa:
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        self.seen.append(AttentionInputs(query, key, query.shape[-1] ** -0.5 if scale is None else scale, real))
+        key, mask = call.key, call.attn_mask
+        if call.enable_gqa:
+            key = key.repeat_interleave(call.query.shape[1] // key.shape[1], 1)
+        real = None if mask is None else mask[:, 0, 0].expand(len(key), -1)
+        self.seen.append(AttentionInputs(call.query, key, call.logit_scale, real))
 
 
 def _softmax(logits: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
@@ -91,25 +75,67 @@ def _softmax(logits: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
 
 def global_map(attention: AttentionInputs, stride: int) -> torch.Tensor:
     """Eq. 6: (B, H, n, n) float32 with n = ceil(L / stride). Padding is left out of the averages."""
-    q, k, real = attention.q.float(), attention.k.float(), attention.real
-    batch, length = len(q), q.shape[-2]
-    real = torch.ones(batch, length, dtype=torch.bool, device=q.device) if real is None else real
+    batch, length = len(attention.q), attention.q.shape[-2]
+    real = attention.real
     pad = -length % stride
-    weights = F.pad(real, (0, pad)).unflatten(1, (-1, stride)).float()
-    count = weights.sum(-1)
+    counted = torch.ones(batch, length, device=attention.q.device) if real is None else real.float()
+    count = F.pad(counted, (0, pad)).unflatten(1, (-1, stride)).sum(-1)
 
     def pool(x: torch.Tensor) -> torch.Tensor:
-        parts = F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, stride))
-        return torch.einsum("bhnsd,bns->bhnd", parts, weights / count.clamp(min=1)[..., None])
+        # Summed in fp32 from the dtype that it has: a copy in fp32 would be the largest tensor of a distillation.
+        x = x if real is None else x * real[:, None, :, None]
+        x = F.pad(x, (0, 0, 0, pad)) if pad else x
+        return x.unflatten(2, (-1, stride)).sum(3, dtype=torch.float32) / count.clamp(min=1)[:, None, :, None]
 
-    return _softmax(pool(q) @ pool(k).mT * attention.scale, count > 0)
+    return _softmax(pool(attention.q) @ pool(attention.k).mT * attention.scale, count > 0)
+
+
+def query_rows(attention: AttentionInputs, tokens: torch.Tensor) -> torch.Tensor:
+    """The queries `tokens` (B, k) int64 of all heads, (B, H, k, D)."""
+    q = attention.q
+    return q.gather(2, tokens[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
 
 
 def local_map(attention: AttentionInputs, tokens: torch.Tensor) -> torch.Tensor:
     """Eq. 8: attention of the queries `tokens` (B, k) int64 over all keys, (B, H, k, L) float32."""
-    q, k = attention.q.float(), attention.k.float()
-    rows = q.gather(2, tokens[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-    return _softmax(rows @ k.mT * attention.scale, attention.real)
+    rows = query_rows(attention, tokens).float()
+    return _softmax(rows @ attention.k.float().mT * attention.scale, attention.real)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LocalTarget:
+    """The local map of full precision as what it is computed from, which is smaller: D values a key, not k floats.
+
+    Attributes:
+        tokens: (B, k) int64.
+        rows, k: (B, H, k, D) and (B, H, L, D), on the CPU.
+    """
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+    k: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, attention: AttentionInputs, tokens: torch.Tensor) -> LocalTarget:
+        """The target that this attention gives."""
+        return cls(tokens.cpu(), query_rows(attention, tokens).cpu(), attention.k.detach().cpu())
+
+    def squared_error(self, attention: AttentionInputs) -> torch.Tensor:
+        """Mean over the local map of another attention's squared difference; the map of one head exists at a time."""
+        device, real = attention.q.device, attention.real
+        rows, k = query_rows(attention, self.tokens.to(device)), attention.k
+        total = torch.zeros((), device=device)
+
+        def of_head(q: torch.Tensor, k: torch.Tensor, q_full: torch.Tensor, k_full: torch.Tensor) -> torch.Tensor:
+            full = _softmax(q_full.float() @ k_full.float().mT * attention.scale, real)
+            return (_softmax(q.float() @ k.float().mT * attention.scale, real) - full).square().sum()
+
+        once = functools.partial(checkpoint, of_head, use_reentrant=False, preserve_rng_state=False)
+        for head in range(k.shape[1]):
+            own = slice(head, head + 1)
+            total = total + once(rows[:, own], k[:, own], self.rows[:, own].to(device), self.k[:, own].to(device))
+        return total / (rows.shape[0] * rows.shape[1] * rows.shape[2] * k.shape[2])
 
 
 @torch.no_grad()

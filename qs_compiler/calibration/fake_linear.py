@@ -11,9 +11,12 @@ those of QuantSparse; it lets a range shrink by much and grow by little.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..ops.formats import TINY_AMAX, row_format
 from ..packing import PackedWeight
@@ -21,6 +24,7 @@ from .transforms import Transform, cayley
 from .weight_grid import GridForm, WeightGrid, representable
 
 OPEN = 4.0
+ROWS = 8192
 
 
 class LearnedTransform(nn.Module):
@@ -129,9 +133,20 @@ class RoundedLinear(nn.Module):
 def _linear(
     x: torch.Tensor, transform: Transform, activation: str, w: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    rounded = fake_quantize_rows(transform.of_input(x), activation)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(rounded, w, None if bias is None else bias.float()).to(x.dtype)
+    """ROWS rows at a time, whose float32 intermediates are computed again for the gradients instead of kept."""
+
+    def of_rows(
+        x: torch.Tensor, smooth: torch.Tensor | None, rotation: torch.Tensor | None, w: torch.Tensor
+    ) -> torch.Tensor:
+        rounded = fake_quantize_rows(Transform(smooth, rotation).of_input(x), activation)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(rounded, w, None if bias is None else bias.float()).to(x.dtype)
+
+    rows, tensors = x.reshape(-1, x.shape[-1]), (transform.smooth, transform.rotation, w)
+    if len(rows) <= ROWS:
+        return of_rows(x, *tensors)
+    once = functools.partial(checkpoint, of_rows, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([once(part, *tensors) for part in rows.split(ROWS)]).unflatten(0, x.shape[:-1])
 
 
 def fake_quantize_rows(x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..packing import PackedWeight
-from .attention_maps import AttentionInputs, AttentionTap, global_map, local_map, salient_tokens
+from .attention_maps import AttentionInputs, AttentionTap, LocalTarget, global_map, salient_tokens
 from .closed_form import Choice, Compressed
 from .fake_linear import FakeLinear, LearnedTransform, RoundedLinear
 from .samples import Sample
@@ -32,19 +32,17 @@ Losses = dict[str, list[float]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MapTargets:
-    """The maps of one self-attention in full precision, on the CPU, and the salient tokens (B, k)."""
+    """The maps of one self-attention in full precision, on the CPU."""
 
-    tokens: torch.Tensor
     pooled: torch.Tensor
-    salient: torch.Tensor
+    local: LocalTarget
 
     @classmethod
     @torch.no_grad()
     def of(cls, attention: AttentionInputs, settings: Settings) -> MapTargets:
-        """Compute them; the tokens are chosen here once and for all (eq. 7)."""
+        """Compute them; the salient tokens are chosen here once and for all (eq. 7)."""
         tokens = salient_tokens(attention, settings.salient, settings.salience_every)
-        maps = global_map(attention, settings.stride), local_map(attention, tokens)
-        return cls(tokens.cpu(), *(m.cpu() for m in maps))
+        return cls(global_map(attention, settings.stride).cpu(), LocalTarget.of(attention, tokens))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,19 +64,16 @@ def make_target(block: Callable[[], Any], settings: Settings, maps: bool) -> Tar
 def losses(output: Any, seen: list[AttentionInputs], target: Target, settings: Settings) -> torch.Tensor:
     """(3,) float32: mean squared errors of the output, of the pooled maps, of the salient rows; 0 where not wanted."""
     pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(target.output), strict=True)
-    misses = [(o.float() - t.to(o).float()).square().flatten() for o, t in pairs if isinstance(t, torch.Tensor)]
-    found = [torch.cat(misses).mean()]
-    zero = found[0].new_zeros(())
-    for weight, kind in ((settings.lambda_global, "pooled"), (settings.lambda_local, "salient")):
-        terms = [zero]
-        for attention, maps in zip(seen, target.maps, strict=True) if weight > 0 and target.maps else ():
-            if kind == "pooled":
-                map = global_map(attention, settings.stride)
-            else:
-                map = local_map(attention, maps.tokens.to(attention.q.device))
-            terms.append((map - getattr(maps, kind).to(map.device)).square().mean())
-        found.append(torch.stack(terms).sum())
-    return torch.stack(found)
+    pairs = [(o, t.to(o)) for o, t in pairs if isinstance(t, torch.Tensor)]
+    misses = [(o.float() - t.float()).square().sum() for o, t in pairs]
+    miss = torch.stack(misses).sum() / sum(t.numel() for _, t in pairs)
+    pooled, local = [miss.new_zeros(())], [miss.new_zeros(())]
+    for attention, maps in zip(seen, target.maps, strict=True) if target.maps else ():
+        if settings.lambda_global > 0:
+            pooled.append((global_map(attention, settings.stride) - maps.pooled.to(miss.device)).square().mean())
+        if settings.lambda_local > 0:
+            local.append(maps.local.squared_error(attention))
+    return torch.stack([miss, torch.stack(pooled).sum(), torch.stack(local).sum()])
 
 
 def learn_choices(

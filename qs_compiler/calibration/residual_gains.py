@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ..options import Recipe
 from ..passes.sparsify_attention import MIN_BLOCKS
 from ..runtime.cache_layout import block_budget
 from ..runtime.schedule import Schedule
-from ..runtime.tracker import Signal, Video, track
+from ..runtime.tracker import Video, track
+from .attention_call import AttentionCall, AttentionListener
 
 qs = torch.ops.quantsparse
 QUERY_BLOCKS = 8
@@ -46,7 +45,7 @@ def fits_gains(recipe: Recipe) -> bool:
     return recipe.density < 1 and recipe.correction == "mixture"
 
 
-class GainFit(TorchFunctionMode):
+class GainFit(AttentionListener):
     """While open, looks on as `model` denoises with announced steps; `gains()` is what was learned.
 
     Args:
@@ -94,34 +93,21 @@ class GainFit(TorchFunctionMode):
     def _end(self) -> None:
         self._path.pop()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        signal = self._tracker.signal if func is F.scaled_dot_product_attention and self._path else None
-        if signal is not None:
-            with torch.no_grad():
-                self._see(signal, *args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _see(
-        self,
-        signal: Signal,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
+    @torch.no_grad()
+    def hear(self, call: AttentionCall) -> None:
+        """Take what a refresh leaves, or what a sparse step says about it."""
+        signal = self._tracker.signal if self._path else None
+        if signal is None:
+            return
+        query, key = call.query, call.key
         name, block = self._path[-1], self.recipe.block_size
         step = self._schedule.refresh_step(signal.step, signal.num_steps)
-        if step is None or is_causal or query.dim() != 4 or query.shape[2] != key.shape[2]:
+        if step is None or call.is_causal or not call.is_self_attention:
             return
         whole, blocks = query.shape[2] // block, -(-query.shape[2] // block)
         budget = block_budget(self.recipe.density, blocks)
-        kv_len = None if attn_mask is None else _prefix(attn_mask, len(query))
-        if blocks < MIN_BLOCKS or budget >= blocks or (attn_mask is not None and kv_len is None):
+        kv_len = _prefix(call)
+        if blocks < MIN_BLOCKS or budget >= blocks or (call.attn_mask is not None and kv_len is None):
             return
         if signal.video is not self._video:
             self._video = signal.video
@@ -130,7 +116,7 @@ class GainFit(TorchFunctionMode):
         site = (name, self._counts[name], signal.branch)
         chosen = torch.linspace(0, whole - 1, min(whole, QUERY_BLOCKS), device=query.device).round().long()
         q = query[:, :, : whole * block].unflatten(2, (whole, block))[:, :, chosen].flatten(2, 3)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scale = call.logit_scale
         reference = self._references.get(site)
         fresh = reference is None or reference.step != step
         if fresh:
@@ -139,7 +125,7 @@ class GainFit(TorchFunctionMode):
         else:
             lists = reference.lists
         o, lse, residual, lse_kept, _ = qs.refresh_attention.default(
-            q, key, value, None, None, None, *lists, kv_len, None, "residual", scale, block, torch.float32
+            q, key, call.value, None, None, None, *lists, kv_len, None, "residual", scale, block, torch.float32
         )
         if fresh:
             dropped = 1 - torch.exp(torch.clamp(lse_kept - lse, max=0))
@@ -154,11 +140,11 @@ class GainFit(TorchFunctionMode):
         self._sums[name] = found if old is None else (old[0] + found[0], old[1] + found[1])
 
 
-def _prefix(mask: torch.Tensor, batch: int) -> torch.Tensor | None:
-    """Lengths (B,) of a mask that keeps the first keys of each clip, (B or 1, 1, 1, T) bool; None for any other."""
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+def _prefix(call: AttentionCall) -> torch.Tensor | None:
+    """Lengths (B,) of a mask that keeps the first keys of each clip; None for any other, and for none."""
+    if call.attn_mask is None or not call.masks_keys_alone:
         return None
-    keys = mask[:, 0, 0]
+    keys = call.attn_mask[:, 0, 0]
     if bool((keys[:, 1:] & ~keys[:, :-1]).any()):
         return None
-    return keys.sum(-1, dtype=torch.int32).expand(batch)
+    return keys.sum(-1, dtype=torch.int32).expand(len(call.query))

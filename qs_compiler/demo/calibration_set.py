@@ -12,6 +12,7 @@ from .text import CaptionEncoder
 from .trace import Setting
 
 SEED = 7001
+UNSEEN_SEED = 7002
 
 
 def calibration_set(text: CaptionEncoder, setting: Setting, dtype: torch.dtype, forwards: int) -> list[dict[str, Any]]:
@@ -23,10 +24,21 @@ def calibration_set(text: CaptionEncoder, setting: Setting, dtype: torch.dtype, 
         setting: its grid and its spread of noise levels are used.
         dtype: of the latents.
     """
+    return _forwards(text, setting, dtype, forwards, SEED, held_out=False)
+
+
+def unseen_set(text: CaptionEncoder, setting: Setting, dtype: torch.dtype, forwards: int) -> list[dict[str, Any]]:
+    """The same of captions that neither training nor calibration saw, to compare calibrations on."""
+    return _forwards(text, setting, dtype, forwards, UNSEEN_SEED, held_out=True)
+
+
+def _forwards(
+    text: CaptionEncoder, setting: Setting, dtype: torch.dtype, forwards: int, seed: int, held_out: bool
+) -> list[dict[str, Any]]:
     device = text.positions.device
-    scenes = draw_scenes(forwards, SEED)
+    scenes = draw_scenes(forwards, seed, held_out=held_out)
     clips = 2 * render(scenes, setting.frames, setting.side, device) - 1
-    noise = torch.randn(clips.shape, generator=torch.Generator().manual_seed(SEED)).to(device)
+    noise = torch.randn(clips.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     timesteps = make_scheduler(forwards, setting.shift).timesteps.to(device)
     return [
         {

@@ -12,27 +12,32 @@ import datetime
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..artifact import package_versions
+from ..artifact import Artifact, package_versions
 from ..calibration import calibrate
 from ..dump import Report, reports
 from ..options import Recipe
-from ..pipeline import attach
+from ..packing import pack_weight
+from ..pipeline import attach, plan_layers
 from ..runtime.schedule import Schedule
-from .calibration_set import calibration_set
+from .calibration_set import calibration_set, unseen_set
+from .calibrations import SHIPPED, forward_error
 from .captions import EXAMPLE, Caption
 from .metrics import Likeness, compare, weight_bytes
 from .model import WEIGHTS, load_model
+from .text import CaptionEncoder
 from .trace import KeptBlocks, Listener, Setting, StepError, sample_traced, step_errors
 
 STEPS = 10  # the bundled model follows its captions from 10 steps on, and a step takes seconds on a CPU
 CALIBRATION_FORWARDS = 8
+UNSEEN_FORWARDS = 2  # that calibrations are compared on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Outcome:
         bytes_before, bytes_after: weights by class, see `weight_bytes`.
         reports: of the graphs that were compiled for it.
         kept: the block lists of the last refresh.
+        forward_errors: relative error of single forwards by how the weights were found; empty without calibration.
         seconds: wall time of each stage.
         device: what it ran on, in words.
     """
@@ -82,6 +88,7 @@ class Outcome:
     bytes_after: dict[str, int]
     reports: list[Report]
     kept: list[KeptBlocks]
+    forward_errors: dict[str, float]
     seconds: dict[str, float]
     versions: dict[str, str]
     device: str
@@ -173,11 +180,13 @@ def run_demo(demo: Demo, console: Console) -> Outcome:
                 transformer, text, demo.caption, demo.setting, demo.seed, announce=False,
                 before_call=lambda step, branch: tell(f"step {step + 1}, {branch}"),
             )  # fmt: skip
-        artifact = None
+        artifact, errors = None, {}
         if demo.calibrated and demo.recipe.weight_format is not None:
             with stages.timed("calibrate"):
                 data = calibration_set(text, demo.setting, demo.dtype, CALIBRATION_FORWARDS)
                 artifact = calibrate(transformer, data, recipe=demo.recipe)
+            with stages.timed("compare calibrations"):
+                errors = _forward_errors(demo, transformer, text, artifact)
         first = len(reports())
         attach(transformer, artifact, recipe=demo.recipe, debug_dir=demo.dumps)
         with stages.bar("sample compressed", calls) as tell:
@@ -187,9 +196,28 @@ def run_demo(demo: Demo, console: Console) -> Outcome:
             )  # fmt: skip
     return Outcome(
         demo, twin.clip, clip.clip, compare(clip.clip, twin.clip), step_errors(clip, twin), bytes_before,
-        weight_bytes(transformer), reports()[first:], clip.kept, stages.seconds, package_versions(),
+        weight_bytes(transformer), reports()[first:], clip.kept, errors, stages.seconds, package_versions(),
         device_name(demo.device), datetime.date.today().isoformat(),
     )  # fmt: skip
+
+
+def _forward_errors(demo: Demo, transformer: Any, text: CaptionEncoder, live: Artifact) -> dict[str, float]:
+    """By how the weights were found; what is shipped is there for its own format only."""
+    plan = plan_layers(transformer, demo.recipe)
+    found = {
+        "rounded to nearest": {n: pack_weight(transformer.get_submodule(n).weight, own) for n, own in plan.items()},
+        f"calibrated now, on {CALIBRATION_FORWARDS} forwards": live.layers,
+    }
+    if demo.weights == WEIGHTS:
+        shipped = Artifact.load(SHIPPED)
+        if _formats(plan) == _formats(plan_layers(transformer, shipped.recipe)):
+            found[f"as shipped, calibrated on {shipped.metrics['forwards']}"] = shipped.layers
+    forwards = unseen_set(text, demo.setting, demo.dtype, UNSEEN_FORWARDS)
+    return {words: forward_error(transformer, layers, forwards) for words, layers in found.items()}
+
+
+def _formats(plan: Mapping[str, Recipe]) -> dict[str, tuple[str, int]]:
+    return {name: (own.format, own.group_size) for name, own in plan.items()}
 
 
 def device_name(device: torch.device) -> str:

@@ -32,6 +32,7 @@ def headline(outcome: Outcome) -> list[Row]:
             "no call ran sparse" if density is None else "of the attention's blocks are read",
         ),
         ("Density, whole run", f"{outcome.average_density:.0%}", f"{sparse} of {total} calls ran sparse"),
+        *(("Error of a forward", f"{error:.1%}", f"weights {how}") for how, error in outcome.forward_errors.items()),
     ]
 
 

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qs_compiler.calibration.attention_maps import (
     AttentionInputs,
     AttentionTap,
+    LocalTarget,
     global_map,
     local_map,
     received_mass,
@@ -88,6 +90,50 @@ class Largest(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.elements = max(self.elements, leaf.numel())
         return out
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that were alive at once, of what ops gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return out
+
+
+def test_the_error_of_local_maps_is_theirs_and_holds_one_head_at_a_time():
+    length, many = 512, 8
+    draw = torch.Generator().manual_seed(0)
+    q, k, q_full, k_full = (torch.randn(1, many, length, D, generator=draw) for _ in range(4))
+    real = (torch.arange(length) < 500)[None]
+    full = AttentionInputs(q_full, k_full, D**-0.5, real)
+    tokens = salient_tokens(full, 64)
+    target = LocalTarget.of(full, tokens)
+
+    def student():
+        return AttentionInputs(q.clone().requires_grad_(), k.clone().requires_grad_(), D**-0.5, real)
+
+    ours, reference = student(), student()
+    with Live() as live:
+        error = target.squared_error(ours)
+        gradients = torch.autograd.grad(error, (ours.q, ours.k))
+    error = error.detach()
+    wanted = (local_map(reference, tokens) - local_map(full, tokens)).square().mean()
+    assert_close(error, wanted.detach())
+    for ours, theirs in zip(gradients, torch.autograd.grad(wanted, (reference.q, reference.k)), strict=True):
+        assert_close(ours, theirs)
+    map_of_one_head, inputs = 4 * 64 * length, 4 * q.numel()
+    assert live.peak < 8 * map_of_one_head + 6 * inputs < many * 8 * map_of_one_head
 
 
 def test_no_map_of_all_tokens_against_all_ever_exists():

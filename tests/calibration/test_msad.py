@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import qs_compiler as qs
+from qs_compiler.calibration import fake_linear
 from qs_compiler.calibration.closed_form import packed_forward
 from qs_compiler.calibration.fake_linear import FakeLinear, LearnedTransform, RoundedLinear, fake_quantize_rows
 from qs_compiler.calibration.transforms import Transform, hadamard
@@ -13,7 +14,7 @@ from qs_compiler.options import Recipe
 
 from ..tolerances import assert_close
 from .models import make_forwards, make_model
-from .test_attention_maps import Largest
+from .test_attention_maps import Largest, Live
 
 FORMATS = ["w4a8", "w8a8", "fp8", "w4fp8", "w6a6"]
 LEARN = {"rounding": "nearest", "epochs": 15, "lr_transform": 2e-2, "lr_range": 0.2}  # few steps: larger ones
@@ -80,7 +81,7 @@ def test_rows_are_rounded_as_at_run_time(activation):
     ids=str,
 )
 def test_the_loss_falls_with_every_choice_of_terms(options):
-    artifact = qs.calibrate(make_model(blocks=2), make_forwards(4), **SMALL, **options)
+    artifact = qs.calibrate(make_model(blocks=1), make_forwards(4), **SMALL, **options)
     for measured in artifact.metrics["blocks"].values():
         losses = measured["losses_rounding" if options["rounding"] == "learned" else "losses"]
         used = [1.0, options.get("lambda_global", 1), options.get("lambda_local", 1)]
@@ -95,7 +96,7 @@ def test_the_loss_falls_with_every_choice_of_terms(options):
 def test_distillation_helps_where_it_has_not_looked():
     from .test_calibrate import compressed_error
 
-    model, unseen = make_model(blocks=2), make_forwards(4, seed=7)
+    model, unseen = make_model(blocks=1), make_forwards(4, seed=7)
     plain, distilled, rounded = (
         qs.calibrate(model, make_forwards(8), **SMALL, **options).layers
         for options in (
@@ -116,10 +117,31 @@ def test_the_model_gets_no_gradients_and_keeps_its_weights():
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_no_tensor_of_a_calibration_is_a_whole_attention_map():
+def test_maps_cost_little_memory_beside_what_distillation_takes_without_them():
     length = 1024
-    model, forwards = make_model(blocks=2), make_forwards(1, tokens=length)
-    forwards[0][1].update({k: v[:1] for k, v in forwards[0][1].items()})
-    with Largest() as seen:
-        qs.calibrate(model, [((forwards[0][0][0][:1],), forwards[0][1])], **{**SMALL, "stride": 128}, epochs=1)
-    assert seen.elements < length * length
+    (args, kwargs), = make_forwards(1, tokens=length)
+    data = [((args[0][:1],), {k: v[:1] for k, v in kwargs.items()})]
+    peaks = []
+    for maps in ({"lambda_global": 0, "lambda_local": 0}, {"stride": 128, "salient": 64}):
+        with Largest() as largest, Live() as live:
+            qs.calibrate(make_model(blocks=1), data, progress=False, recipe=SMALL["recipe"], epochs=1, **maps)
+        assert largest.elements < length * length
+        peaks.append(live.peak)
+    assert peaks[1] < 1.15 * peaks[0]
+    assert peaks[1] - peaks[0] < 8 * (4 * 64 * length)  # the local map of one head, some times over
+
+
+def test_rows_that_are_taken_in_parts_give_the_same_and_hold_less(monkeypatch):
+    linear, transform, grid = linear_and_choice("w4a8")
+    learned = LearnedTransform(transform, 128, torch.device("cpu"))
+    x, found, peaks = torch.randn(4, 512, 128), [], []
+    for rows in (2048, 100):
+        monkeypatch.setattr(fake_linear, "ROWS", rows)
+        fake, own = FakeLinear(linear, grid, learned, "int8"), x.clone().requires_grad_()
+        with Live() as live:
+            gradients = torch.autograd.grad(fake(own).square().sum(), [own, *fake.parameters()])
+        found.append(gradients)
+        peaks.append(live.peak)
+    for whole, parts in zip(*found, strict=True):
+        assert_close(parts, whole)
+    assert peaks[1] < 0.6 * peaks[0]

@@ -53,6 +53,12 @@ def test_calibrated_weights_are_nearer(tmp_path, tiny_folder):
     calibrated = run(tmp_path, tiny_folder, calibrated=True, **changes)
     assert calibrated.calibrated and not rounded.calibrated
     assert calibrated.steps[0].velocity < rounded.steps[0].velocity
+    assert not rounded.forward_errors
+    nearest, live = calibrated.forward_errors.values()  # what was calibrated elsewhere is of the bundled model alone
+    assert 0 < live < nearest
+    assert [words for name, _, words in summary.headline(calibrated) if name == "Error of a forward"] == [
+        f"weights {how}" for how in calibrated.forward_errors
+    ]
 
 
 def test_a_dense_recipe_says_that_nothing_ran_sparse(tmp_path, tiny_folder):
