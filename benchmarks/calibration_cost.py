@@ -6,7 +6,11 @@ benchmarks/results/calibration_cost.json: seconds and peak device memory of each
 blocks from the later one of each kind (the first pays for warming up).
 
     python benchmarks/calibration_cost.py --samples 2
-    python benchmarks/calibration_cost.py --samples 2 --option epochs=1
+    python benchmarks/calibration_cost.py --samples 2 --option epochs=1 --option salience_every=16
+    python benchmarks/calibration_cost.py --device cpu --small --output /tmp/cost.json
+
+The samples that `calibrate` keeps by default are 16: seconds are also given for so many, since nearly all of a block's
+time is spent once a sample.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -34,31 +39,34 @@ DOUBLE, SINGLE = 20, 40
 
 
 class Clock(Progress):
-    """Seconds and peak memory of each block."""
+    """Seconds and peak device memory of each block."""
 
-    def __init__(self) -> None:
-        self.blocks: dict[str, dict[str, float]] = {}
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.blocks: dict[str, dict[str, Any]] = {}
         self.name, self.start = "", 0.0
 
     def begin(self, block: str) -> None:
         """Close the block before, start this one."""
         self.end()
-        torch.cuda.reset_peak_memory_stats()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
         self.name, self.start = block, time.perf_counter()
 
     def end(self) -> None:
         """Close the block in work."""
         if self.name:
-            torch.cuda.synchronize()
+            if self.cuda:
+                torch.cuda.synchronize()
             self.blocks[self.name] = {
                 "seconds": round(time.perf_counter() - self.start, 2),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.cuda else None,
             }
             print(self.name, self.blocks[self.name], flush=True)
         self.name = ""
 
 
-def build(small: bool) -> tuple[torch.nn.Module, tuple[int, int, int]]:
+def build(small: bool, device: torch.device) -> tuple[torch.nn.Module, tuple[int, int, int]]:
     """The transformer with two blocks of each kind, and its latent grid (frames, height, width)."""
     sizes = {"num_attention_heads": 2, "text_embed_dim": 64} if small else {}
     layers = {"num_layers": 2, "num_single_layers": 2}
@@ -66,8 +74,9 @@ def build(small: bool) -> tuple[torch.nn.Module, tuple[int, int, int]]:
         model = diffusers.HunyuanVideoTransformer3DModel(guidance_embeds=True, **layers, **sizes)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+    with torch.no_grad():
+        for parameter in model.parameters():  # drawn on the device: a CPU takes minutes for a billion of them
+            parameter.copy_(torch.randn(parameter.shape, dtype=parameter.dtype, device=device) * 0.02)
     return model.eval(), (3, 8, 8) if small else (33, 90, 160)
 
 
@@ -92,37 +101,41 @@ def sample(model: torch.nn.Module, grid: tuple[int, int, int], seed: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--recipe", default="w4a8")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of calibrate")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    options = {"device": "cuda", "in_flight": 1}
+    device = torch.device(args.device)
+    options: dict[str, Any] = {"device": args.device, "in_flight": 1}
     for text in args.option:
         name, _, value = text.partition("=")
         options[name] = json.loads(value) if value[:1] in "0123456789" else value
-    model, grid = build(args.small)
+    model, grid = build(args.small, device)
     recipe, settings = Recipe.parse(args.recipe), Settings.parse(options)
     samples = given_samples([((), sample(model, grid, i)) for i in range(args.samples)], torch.device("cpu"))
-    clock, start = Clock(), time.perf_counter()
+    clock, start = Clock(device), time.perf_counter()
     # What a sample costs must not depend on which blocks are short: every planned linear of the model takes part.
     plan = {name: own for name, own in plan_layers(model, recipe).items() if "transformer_blocks" in name}
     with torch.compiler.set_stance("force_eager"):
         Calibration(model, recipe, plan, samples, settings, 0, None).run(clock)
     clock.end()
     double, single = (clock.blocks[f"{kind}_blocks.1"] for kind in ("transformer", "single_transformer"))
+    hours = (DOUBLE * double["seconds"] + SINGLE * single["seconds"]) / 3600
     row = {
         "command": " ".join(["python", *sys.argv]),
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if clock.cuda else "cpu",
         "versions": {"torch": torch.__version__, "qs_compiler": qs_compiler.__version__},
         "samples": args.samples,
         "tokens": grid[0] * (grid[1] // 2) * (grid[2] // 2) + 256,
         "settings": options,
         "blocks": clock.blocks,
         "seconds_with_model_outside_blocks": round(time.perf_counter() - start, 1),
-        "whole_model_hours": round((DOUBLE * double["seconds"] + SINGLE * single["seconds"]) / 3600, 3),
-        "peak_gib": max(block["peak_gib"] for block in clock.blocks.values()),
+        "whole_model_hours": round(hours, 3),
+        "whole_model_hours_of_all_samples": round(hours * Settings.samples / args.samples, 3),
+        "peak_gib": max(block["peak_gib"] for block in clock.blocks.values()) if clock.cuda else None,
     }
     print(json.dumps(row), flush=True)
     rows = json.loads(args.output.read_text()) if args.output.exists() else []

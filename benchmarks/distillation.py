@@ -224,7 +224,7 @@ def main() -> None:
         table = {"key": bench.key(), "rows": []}
         tables.append(table)
     about = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]).replace(f" --output {args.output}", ""),
         "device": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
         "versions": package_versions(),
         "date": date.today().isoformat(),

@@ -37,6 +37,7 @@ import qs_compiler as qs
 from qs_compiler import Recipe, _compat
 from qs_compiler.artifact import Artifact, package_versions
 from qs_compiler.calibration.closed_form import packed_forward
+from qs_compiler.calibration.residual_gains import GainFit
 from qs_compiler.calibration.settings import Settings
 from qs_compiler.calibration.transforms import moved
 from qs_compiler.calibration.walk import replaced_forwards
@@ -49,12 +50,14 @@ from qs_compiler.demo.trace import Setting
 from qs_compiler.ops import gathered_attention
 from qs_compiler.packing import pack_weight
 from qs_compiler.pipeline import plan_layers
+from qs_compiler.runtime.gains import give_gains
 from qs_compiler.runtime.schedule import Schedule
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 CAPTION_SEED = 20_000  # of scenes that neither training nor calibration draws
 NOISE_SEED = 30_000
+GAINS_SEED, FITTED_CLIPS = 7003, 2
 MEASURES = ("psnr", "ssim", "relative_l2", "temporal_psnr")
 GRIDS = {"small": (16, 64), "large": (24, 96)}
 
@@ -217,9 +220,27 @@ class Bench:
         model, _ = load_model(self.device, self.dtype)
         torch.compiler.reset()
         artifact = Artifact.of(model, row.recipe, layers) if packs else None
+        if row.fitted:
+            give_gains(model, self.gains(row))
         qs.attach(model, artifact, recipe=row.recipe)
         with contextlib.nullcontext() if row.compiled else _compat.eager_graphs():
             yield model, True, measured
+
+    def gains(self, row: Row) -> dict[str, torch.Tensor]:
+        """The gains of a mixture, from full-precision runs of captions that were trained on, one clip each."""
+        setting = self.setting("small")
+        key = {"gains": row.recipe.to_dict() | {"format": "off"}, "setting": dataclasses.asdict(setting), **self.key()}
+        path = self.args.cache / "gains" / f"{_digest(key)}.pt"
+        with alone_at(path):
+            if not path.exists():
+                captions = draw_scenes(FITTED_CLIPS, GAINS_SEED).captions()
+                with torch.no_grad(), GainFit(self.model, row.recipe) as fit:
+                    for number, caption in enumerate(captions):
+                        options = dict(dataclasses.asdict(setting), seed=GAINS_SEED + number)
+                        with qs.denoising(self.model, setting.num_steps) as run:
+                            sample(self.model, self.text, [caption], on_call=run.step, **options)
+                torch.save(fit.gains(), path)
+        return torch.load(path)
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":
@@ -275,12 +296,18 @@ def new_row(row: Row, bench: Bench) -> dict[str, Any]:
     }
 
 
+def same_work(entry: dict[str, Any], fresh: dict[str, Any]) -> bool:
+    """Whether two entries are of one recipe and calibration; fields that came later count as their defaults."""
+    if Recipe.from_dict(entry["recipe"]) != Recipe.from_dict(fresh["recipe"]):
+        return False
+    a, b = (None if e["calibration"] is None else Settings(**e["calibration"]) for e in (entry, fresh))
+    return a == b
+
+
 def run_row(row: Row, bench: Bench, results: Results, deadline: float) -> bool:
     """Sample what is missing of a row; False where time ran out first."""
     entry, fresh = results.rows.get(row.name), new_row(row, bench)
-    # Read as a recipe, so that fields which came later count as their defaults.
-    same = entry is not None and Recipe.from_dict(entry["recipe"]) == row.recipe
-    if not same or entry["calibration"] != fresh["calibration"]:
+    if entry is None or not same_work(entry, fresh):
         entry = fresh
     missing = [clips for clips in bench.batches() if clips.start >= len(entry["clips"])]
     if not missing:

@@ -164,7 +164,8 @@ def main() -> None:
     entries = factorial(bench, args.rows, args.densities, args.clips)
     print("\n".join(json.dumps(entry) for entry in entries), flush=True)
     about = {"device": bench.card(), "versions": package_versions(), "date": date.today().isoformat()}
-    about |= {"command": " ".join(["python", *sys.argv]), "clips": args.clips, "key": bench.key()}
+    command = " ".join(["python", *sys.argv]).replace(f" --output {args.output}", "")
+    about |= {"command": command.replace(f" --cache {args.cache}", ""), "clips": args.clips, "key": bench.key()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({**about, "rows": entries}, indent=1) + "\n")
 

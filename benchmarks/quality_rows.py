@@ -28,7 +28,8 @@ SPARSE = {
     "first_order": {"correction": "first_order"},
     "second_order-1": {"correction": "second_order", "gain": "1"},
     "second_order-k": {"correction": "second_order", "gain": "k/tau"},
-    "mixture-0.25": {"correction": "mixture"},  # the weights' calibration fits no gains
+    "mixture-0.25": {"correction": "mixture"},  # the default gain
+    "mixture": {"correction": "mixture"},  # gains fitted in full precision
     "complement": {"correction": "complement"},
     "staggered": {"correction": "mixture", "refresh": "staggered"},
     "adaptive": {"correction": "mixture", "refresh": "adaptive", "interval": 8},
@@ -45,6 +46,7 @@ class Row:
         grid: "small" (4,096 tokens) or "large" (13,824).
         compiled: through Inductor; otherwise the same graph, or the same linears, with the ops' references.
         forwards: that the calibration reads; None: as the command line says.
+        fitted: whether the gains of its mixture are fitted first.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Row:
     grid: str = "small"
     compiled: bool = False
     forwards: int | None = None
+    fitted: bool = False
 
 
 def all_rows() -> dict[str, Row]:
@@ -90,4 +93,5 @@ def _sparse(form: str, percent: int, kind: str, grid: str) -> Row:
     recipe = dataclasses.replace(base, **SPARSE[kind])
     calibration = None if kind == "naive" or form == "off" else STAGES["default"]
     prefix = "large/" if grid == "large" else ""
-    return Row(f"{prefix}{form}-d{percent}/{kind}", recipe, calibration, grid, compiled=True)
+    name = f"{prefix}{form}-d{percent}/{kind}"
+    return Row(name, recipe, calibration, grid, compiled=True, fitted=kind == "mixture")

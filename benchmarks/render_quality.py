@@ -41,12 +41,29 @@ CORRECTIONS = {
     "second_order-1": "second order, f = 1 (the paper)",
     "second_order-k": "second order, f = k/tau",
     "mixture-0.25": "mixture, g = 0.25",
+    "mixture": "mixture, fitted gains",
     "complement": "complement",
     "staggered": "mixture, g = 0.25, staggered refreshes",
     "adaptive": "mixture, g = 0.25, refreshes by drift",
     "first_order/reference": "first order, by the references",
     "msad": "second order, f = k/tau; MSAD",
 }
+BLOCK_STAGES = {
+    "rounding": "rounded to nearest, no data",
+    "hadamard": "ranges + block Hadamard, to nearest",
+    **{f"{stage}/nearest": f"{words}, to nearest" for stage, words in (
+        ("learned", "+ learned, no maps"), ("global", "+ global maps"), ("local", "+ local maps"), ("msad", "+ MSAD"),
+    )},
+    "default": "GPTQ",
+    "learned": "learned, no maps; GPTQ",
+    "global": "global maps; GPTQ",
+    "local": "local maps; GPTQ",
+    "msad": "MSAD; GPTQ",
+    "codes": "GPTQ, then learned rounding, no maps",
+    "codes/global": "the same with global maps",
+    "codes/local": "the same with local maps",
+    "codes/msad": "the same with both",
+}  # fmt: skip
 LINES = {"naive": "#8a949e", "none": "#d9822b", "first_order": "#2a7f9e", "second_order-1": "#b3446c",
          "mixture-0.25": "#3b8f4d"}  # fmt: skip
 
@@ -117,6 +134,22 @@ def joint_table(rows: Rows) -> str:
     return table(("kept", "correction", "w4a8 alone", "sparse alone", "sum", "both", "both / sum"), lines)
 
 
+def distillation_table(path: Path) -> str:
+    """Errors of single blocks."""
+    lines = []
+    for found in json.loads(path.read_text()) if path.exists() else []:
+        key = found["key"]
+        where = f"{', '.join(map(str, key['blocks']))}; {key['tokens']:,}"
+        for row in found["rows"]:
+            form, _, stage = row["name"].partition("/")
+            measures = (row[name] for name in ("attention", "output", "pooled_map", "salient_map"))
+            cells = [f"{m['mean']:.2f} ± {m['interval95']:.2f}" for m in measures]
+            own = row["calibration"] or {}
+            epochs = str(key["epochs"]) if own.get("epochs") or own.get("epochs_rounding") else ""
+            lines.append([where, form, BLOCK_STAGES[stage], epochs, *cells])
+    return table(("blocks; tokens", "format", "weights", "epochs", "attention", "output", "pooled", "salient"), lines)
+
+
 def factorial_table(path: Path) -> str:
     """Errors of attention outputs."""
     names = ("quantized", "sparse", "both", "both_over_sum", "interaction", "angle", "swapped_over_sum")
@@ -172,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--factorial", type=Path, default=RESULTS / "quality_factorial.json")
+    parser.add_argument("--distillation", type=Path, default=RESULTS / "distillation.json")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
@@ -184,6 +218,7 @@ def main() -> None:
         "large": sparse_table(rows, "large/"),
         "joint": joint_table(rows),
         "factorial": factorial_table(args.factorial),
+        "distillation": distillation_table(args.distillation),
     }
     page = args.page.read_text()
     for name, text in parts.items():

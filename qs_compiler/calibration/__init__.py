@@ -7,6 +7,7 @@ walk.py          a model run up to the calls of its blocks, or a block up to the
 closed_form.py   the linears of a block one after the other;  input_record.py: what they read
                  smoothing.py, transforms.py, weight_grid.py, gptq.py: how they are quantised
 msad.py          distillation;  attention_maps.py: of attention;  fake_linear.py: through what
+                 sparse_attention.py: through the blocks that a sparse step keeps
 residual_gains.py  the gains of a correction;  attention_call.py: how both hear attention
 """
 

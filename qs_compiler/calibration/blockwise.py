@@ -128,7 +128,8 @@ class Calibration:
         targets: list[Target] = []
         for sample in full:
             with recorder if done is None else contextlib.nullcontext():
-                targets.append(make_target(functools.partial(self._run, block, sample), self.settings, done is None))
+                run = functools.partial(self._run, block, sample)
+                targets.append(make_target(run, self.settings, self.recipe, done is None))
             progress.advance(1)
         if done is not None:
             packed, measured = done.layers, {k: v for k, v in done.metrics.items() if k != "key"}
@@ -157,7 +158,7 @@ class Calibration:
         def report(loss: float) -> None:
             progress.advance(UNITS_OF_A_STEP, loss=loss)
 
-        distiller = Distiller(block, inputs, targets, settings, self.seed + index, report)
+        distiller = Distiller(block, inputs, targets, settings, self.recipe, self.seed + index, report)
         if settings.epochs:
             start = compress(dataclasses.replace(settings, rounding="nearest")).choices
             choices, measured["losses"] = learn_choices(distiller, linears, start)

@@ -11,6 +11,7 @@ are. Beyond the paper the same loss can then choose the rounding of the weights.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,12 +20,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..options import Recipe
 from ..packing import PackedWeight
 from .attention_maps import AttentionInputs, AttentionTap, LocalTarget, global_map, salient_tokens
 from .closed_form import Choice, Compressed
 from .fake_linear import FakeLinear, LearnedTransform, RoundedLinear
 from .samples import Sample
 from .settings import Settings
+from .sparse_attention import SparseStudent, SparseTarget, SparseTargets
 from .walk import replaced_forwards
 
 Losses = dict[str, list[float]]
@@ -47,18 +50,22 @@ class MapTargets:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Target:
-    """What the full-precision block gives for one sample."""
+    """What the full-precision block gives for one sample; `sparse` is empty where attention is distilled dense."""
 
     output: Any
     maps: list[MapTargets]
+    sparse: list[SparseTarget | None]
 
 
-def make_target(block: Callable[[], Any], settings: Settings, maps: bool) -> Target:
-    """Run the full-precision block once; its attention maps are kept where `maps` and the settings want them."""
-    with AttentionTap() as tap:
+def make_target(block: Callable[[], Any], settings: Settings, recipe: Recipe, distil: bool) -> Target:
+    """Run the full-precision block once; what distillation needs of its attentions is kept where it is wanted."""
+    distil = distil and settings.steps > 0
+    maps = distil and settings.lambda_global + settings.lambda_local > 0
+    sparse = SparseTargets(recipe)
+    # In both modes the tap is the inner one: it hears the model's calls, not those that the other makes of them.
+    with sparse if distil and settings.attention == "sparse" else contextlib.nullcontext(), AttentionTap() as tap:
         output = block()
-    maps = maps and settings.steps > 0 and settings.lambda_global + settings.lambda_local > 0
-    return Target(output, [MapTargets.of(a, settings) for a in tap.seen] if maps else [])
+    return Target(output, [MapTargets.of(a, settings) for a in tap.seen] if maps else [], sparse.found)
 
 
 def losses(output: Any, seen: list[AttentionInputs], target: Target, settings: Settings) -> torch.Tensor:
@@ -125,6 +132,7 @@ class Distiller:
     Attributes:
         samples: inputs of the block, with the blocks before it compressed.
         targets: one a sample.
+        recipe: its block size is that of a sparse student.
         seed: of the order of the samples.
         report: told the loss after each step.
     """
@@ -133,6 +141,7 @@ class Distiller:
     samples: list[Sample]
     targets: list[Target]
     settings: Settings
+    recipe: Recipe
     seed: int
     report: Callable[[float], None]
 
@@ -176,7 +185,9 @@ class Distiller:
     def _losses(self, forwards: Mapping[nn.Linear, Callable[..., Any]], i: int) -> torch.Tensor:
         device = next(self.block.parameters()).device
         sample = self.samples[i].to(device)
-        with replaced_forwards(forwards), sample.context(device)(), AttentionTap() as tap:
+        sparse = self.targets[i].sparse
+        student = SparseStudent(sparse, self.recipe.block_size) if sparse else contextlib.nullcontext()
+        with replaced_forwards(forwards), sample.context(device)(), student, AttentionTap() as tap:
             output = self.block(*sample.args, **sample.kwargs)
         return losses(output, tap.seen, self.targets[i], self.settings)
 

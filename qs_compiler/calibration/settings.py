@@ -10,7 +10,12 @@ import torch
 
 from ..errors import OptionError, nearest
 
-CHOICES = {"inputs": ("quantized", "full"), "smoothing": ("search", "none"), "rounding": ("gptq", "nearest", "learned")}
+CHOICES = {
+    "inputs": ("quantized", "full"),
+    "smoothing": ("search", "none"),
+    "rounding": ("gptq", "nearest", "learned"),
+    "attention": ("dense", "sparse"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Settings:
             None. Inputs of fp8 weights are not rotated.
         rounding: `gptq`; `nearest`; or `learned`, which starts from GPTQ and is distilled as well.
         damping: of the GPTQ Hessian, in units of its mean diagonal.
+        attention: how self-attentions are computed in distillation: `dense`, as in the paper, or `sparse`: over the
+            blocks that a sparse recipe keeps, with the residual of full precision (sparse_attention.py).
         epochs: of distillation (MSAD, see msad.py) over the samples, before the rounding; 0 for none. The paper: 15.
         lr_transform: of smoothing scales and rotations; 0 leaves them as they were found.
         lr_range: of the ranges of the weights; 0 leaves them.
@@ -52,6 +59,7 @@ class Settings:
     rotation: int | None = 64
     rounding: str = "gptq"
     damping: float = 0.05
+    attention: str = "dense"
     epochs: int = 0
     lr_transform: float = 5e-3
     lr_range: float = 5e-2
