@@ -49,7 +49,8 @@ def load(
         dtype: of parameters and persistent buffers, but for the class's `_keep_in_fp32_modules`; the artifact's own
             by default. Codes, scales and non-persistent buffers keep theirs.
         compile: False leaves the model uncompiled, for example to `attach` a pipeline that it is made part of.
-        options: of the backend, as for `attach`: recipe, interval, warmup, strict, debug_dir, mode, memory_budget.
+        options: of the backend, as for `attach`: recipe, interval, warmup, strict, debug_dir, mode, grid,
+            memory_budget.
 
     Returns:
         the model, in eval mode.

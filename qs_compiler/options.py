@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import OptionError, RecipeError, nearest
 from .runtime.schedule import DEFAULT_INTERVAL
+from .runtime.token_layout import ALWAYS_KEPT, STATIC_MASKS, Grid
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -46,6 +47,7 @@ ATTENTIONS = ("16bit", "int8", "int8-fp8")
 CORRECTIONS = ("none", "first_order", "second_order", "complement", "mixture")
 GAINS = ("0", "1", "k/tau", "clipped")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MASKS = ("pooled", "mass", *STATIC_MASKS)
 OVERRIDABLE = ("format", "density")
 REFRESHES = ("fixed", "staggered", "adaptive")
 CACHE_FORMATS = ("bf16", "fp8", "int8", "int4", "rank16", "rank32")
@@ -61,7 +63,11 @@ class Recipe:
         attention: operands of the self-attentions that run on this backend's kernels: `16bit`; `int8` codes of q, and
             of k less its mean; or those and float8 values, `int8-fp8`.
         block_size: tokens of a query block and of a key block.
-        mask: what ranks the key blocks: `pooled` q and k, or those and the `mass` of the last refresh.
+        mask: what ranks the key blocks: `pooled` q and k; those and the `mass` of the last refresh; or places alone:
+            `spatial` or `temporal` bands, `radial` decay (runtime/token_layout.py).
+        token_order: of the blocks: `rows` of the video, or `tiles`, boxes of it (docs/masks.md).
+        always_keep: sets of key blocks that are kept whatever their rank, within the density: `text`, `first_frame`,
+            `neighbourhood`. A query block's own key block always is.
         correction: of the sparse attention: `none`, `first_order` (the cached residual), `second_order` (SSAR of
             arXiv 2509.23681, eq. 16: plus gain times the low-rank change of the residual), `complement` (the softmax
             resumes from the cached output and log-sum-exp of the dropped blocks), or `mixture` (between first order
@@ -92,7 +98,9 @@ class Recipe:
     density: float = 1.0
     attention: Literal["16bit", "int8", "int8-fp8"] = "16bit"
     block_size: int = 128
-    mask: Literal["pooled", "mass"] = "pooled"
+    mask: Literal["pooled", "mass", "spatial", "temporal", "radial"] = "pooled"
+    token_order: Literal["rows", "tiles"] = "rows"
+    always_keep: tuple[str, ...] = ()
     correction: Literal["none", "first_order", "second_order", "complement", "mixture"] = "first_order"
     gain: Literal["0", "1", "k/tau", "clipped"] = "k/tau"
     rank: int = 16
@@ -111,7 +119,12 @@ class Recipe:
         _check_format_and_density(self.format, self.density)
         _one_of("attention", self.attention, ATTENTIONS)
         _one_of("block_size", self.block_size, (64, 128))
-        _one_of("mask", self.mask, ("pooled", "mass"))
+        _one_of("mask", self.mask, MASKS)
+        _one_of("token_order", self.token_order, ("rows", "tiles"))
+        if isinstance(self.always_keep, str) or not isinstance(self.always_keep, Iterable):
+            raise RecipeError(f"always_keep must be a sequence of {', '.join(ALWAYS_KEPT)}, not {self.always_keep!r}.")
+        for one in self.always_keep:
+            _one_of("always_keep", one, ALWAYS_KEPT)
         _one_of("correction", self.correction, CORRECTIONS)
         _one_of("gain", self.gain, GAINS)
         _integer("rank", self.rank, 1, 128)
@@ -148,6 +161,7 @@ class Recipe:
         set_field(self, "warmup", float(self.warmup))
         set_field(self, "max_drift", float(self.max_drift))
         set_field(self, "refresh_steps", tuple(self.refresh_steps))
+        set_field(self, "always_keep", tuple(self.always_keep))
         set_field(self, "keep", tuple(self.keep))
         set_field(self, "overrides", {pattern: dict(fields) for pattern, fields in self.overrides.items()})
 
@@ -205,6 +219,11 @@ class Recipe:
         """Whether weights are low-bit in storage alone and compute in 16 bit."""
         return self.weight_format is not None and self.activation_format == "none"
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether the masks depend on where tokens lie in the video."""
+        return self.token_order == "tiles" or self.mask in STATIC_MASKS or bool(self.always_keep)
+
     def for_layer(self, name: str) -> Recipe:
         """The recipe of the layer called `name`, with `keep` and `overrides` applied and dropped."""
         fields: dict[str, Any] = {"keep": (), "overrides": {}}
@@ -222,7 +241,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
-        lists = {"keep": list(self.keep), "refresh_steps": list(self.refresh_steps)}
+        lists = {name: list(getattr(self, name)) for name in ("keep", "always_keep", "refresh_steps")}
         return {**dataclasses.asdict(self), **lists}
 
     @classmethod
@@ -242,6 +261,7 @@ class BackendOptions:
         strict: what cannot be compressed is an error.
         debug_dir: where the dumps go (or QS_DEBUG_DIR), or None.
         mode: Inductor's, or None.
+        grid: (t, h, w) of the video tokens where the graph does not show it, or None.
     """
 
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
@@ -250,6 +270,7 @@ class BackendOptions:
     strict: bool = False
     debug_dir: Path | None = None
     mode: str | None = None
+    grid: Grid | None = None
 
     @property
     def interval(self) -> int:
@@ -300,7 +321,13 @@ class BackendOptions:
         mode = given.get("mode", mode)
         if mode is not None:
             _one_of("mode", mode, MODES, OptionError)
+        grid = given.get("grid")
+        if grid is not None and not (
+            isinstance(grid, (tuple, list)) and len(grid) == 3 and all(type(n) is int and n > 0 for n in grid)
+        ):
+            raise OptionError(f"grid must be three positive integers, tokens in time, height and width, not {grid!r}.")
         return cls(
+            grid=None if grid is None else (grid[0], grid[1], grid[2]),
             recipe=recipe,
             artifact=artifact,
             memory_budget=given.get("memory_budget"),
@@ -318,12 +345,13 @@ class BackendOptions:
                 "memory_budget": self.memory_budget,
                 "strict": self.strict,
                 "mode": self.mode,
+                "grid": self.grid,
             },
             sort_keys=True,
         )
 
 
-OPTIONS = ("artifact", "debug_dir", "interval", "memory_budget", "mode", "recipe", "strict", "warmup")
+OPTIONS = ("artifact", "debug_dir", "grid", "interval", "memory_budget", "mode", "recipe", "strict", "warmup")
 
 
 def _read_artifact(value: Any) -> Artifact:

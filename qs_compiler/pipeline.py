@@ -37,7 +37,7 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
         artifact: an Artifact or its path; for a pipeline with two experts a dict {"transformer": ...,
             "transformer_2": ...} or a folder with those names. None: weights are rounded without data, by `recipe`.
         compile: False leaves the model uncompiled (it computes with dequantised weights, and never sparse).
-        options: of the backend: recipe, interval, warmup, strict, debug_dir, mode, memory_budget.
+        options: of the backend: recipe, interval, warmup, strict, debug_dir, mode, grid, memory_budget.
 
     Returns:
         `target`.
@@ -190,6 +190,7 @@ def _compile_options(options: BackendOptions) -> dict[str, Any]:
     given = {
         "recipe": options.recipe,
         "memory_budget": options.memory_budget,
+        "grid": options.grid,
         "strict": options.strict or None,
         "debug_dir": options.debug_dir,
         "mode": options.mode,

@@ -294,7 +294,7 @@ def test_interval_is_free_where_no_fitted_correction_is_at_work(fitted: Artifact
     assert BackendOptions.parse({"artifact": fitted, **options}).interval == 3
 
 
-OPTION_LIST = "artifact, debug_dir, interval, memory_budget, mode, recipe, strict, warmup"
+OPTION_LIST = "artifact, debug_dir, grid, interval, memory_budget, mode, recipe, strict, warmup"
 
 WRONG_OPTIONS: list[tuple[Any, type[QuantSparseError], str]] = [
     (
@@ -320,6 +320,10 @@ WRONG_OPTIONS: list[tuple[Any, type[QuantSparseError], str]] = [
     ({"debug_dir": 5}, OptionError, "debug_dir must be a path, not 5."),
     ({"mode": "max_autotune"}, OptionError, "mode 'max_autotune' is not known; did you mean 'max-autotune'?"),
     ({"mode": 3}, OptionError, "mode 3 is not known. Choose from: default, reduce-overhead"),
+    ({"grid": (4, 8)}, OptionError, "grid must be three positive integers, tokens in time, height and width, not (4"),
+    ({"recipe": {"mask": "radiall"}}, RecipeError, "mask 'radiall' is not known; did you mean 'radial'?"),
+    ({"recipe": {"always_keep": "text"}}, RecipeError, "always_keep must be a sequence of text, first_frame"),
+    ({"recipe": {"always_keep": ["texts"]}}, RecipeError, "always_keep 'texts' is not known; did you mean 'text'?"),
     ({"artifact": 5}, OptionError, "artifact must be a path or an Artifact, not int."),
     ({"artifact": "nowhere.qs"}, ArtifactError, "nowhere.qs"),
     (

@@ -5,6 +5,7 @@ if __name__ != "qs_compiler.passes":
 
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
 from .manager import Registration, ordered_passes, pass_names, register_built_in, register_pass, run_passes
+from .order_tokens import OrderTokens
 from .outline_repeated_blocks import OutlineRepeatedBlocks
 from .quantize_attention import QuantizeAttention
 from .quantize_linear import QuantizeLinear
@@ -16,6 +17,7 @@ from .trim_padding_mask import TrimPaddingMask
 register_built_in(
     TrimPaddingMask(),
     QuantizeLinear(),
+    OrderTokens(),
     SparsifyAttention(),
     QuantizeAttention(),
     ReparameterizeResidual(),

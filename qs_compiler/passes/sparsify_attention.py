@@ -28,8 +28,10 @@ import torch
 from torch import fx
 
 from .. import _compat
+from ..errors import RecipeError
 from ..runtime.cache_layout import block_budget, cache_slots, probe_stride
 from ..runtime.inputs import Cached, Scalar
+from ..runtime.token_layout import STATIC_MASKS, LayoutInput, layout_tensor
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
 from .quantize_linear import _call
 from .trim_padding_mask import attention_mask
@@ -42,7 +44,7 @@ class SparsifyAttention(GraphPass):
     """Rewrite each eligible self-attention for the phase that is being built."""
 
     name = "sparsify_attention"
-    after = ("quantize_linear",)
+    after = ("quantize_linear", "order_tokens")
 
     def run(self, graph: fx.Graph, context: PassContext) -> PassResult:
         result = PassResult()
@@ -54,6 +56,9 @@ class SparsifyAttention(GraphPass):
             anchor = None if reason else find_anchor(node.args[0], context)
             if reason is None and anchor is None:
                 reason = "no weight of the graph says which layer this is"
+            needs = context.recipe.mask if context.recipe.mask in STATIC_MASKS else context.recipe.always_keep
+            if reason is None and needs and "token_layout" not in node.meta:
+                reason = f"{needs!r} needs the places of the tokens, which order_tokens did not find"
             if reason is not None:
                 result.skip(node, reason)
                 continue
@@ -70,6 +75,8 @@ class SparsifyAttention(GraphPass):
                 kv_blocks=kv_blocks,
                 shape=tuple(q.shape),
             )
+            if context.recipe.always_keep:
+                check_always_kept(node, site, context)
             context.sites.append(site)
             result.matched += 1
             if context.phase is Phase.DENSE:
@@ -102,7 +109,10 @@ class SparsifyAttention(GraphPass):
         q, k, v = node.args[:3]
         recipe, kv_len = context.recipe, node.meta.get("kv_len")
         lists = _block_lists(site, context, q)
-        scores = splice(graph, node, qs.block_scores.default, q, k, kv_len, _scale(node), recipe.block_size)
+        if recipe.mask in STATIC_MASKS:
+            scores = splice(graph, node, _for_all_heads, _places(node, context, recipe.mask), q)
+        else:
+            scores = splice(graph, node, qs.block_scores.default, q, k, kv_len, _scale(node), recipe.block_size)
         if recipe.refresh == "adaptive":
             renewed = splice(graph, node, _renewed, q)
             with graph.inserting_before(node):
@@ -117,7 +127,11 @@ class SparsifyAttention(GraphPass):
             # D and D_prev must belong to one mask, so a video keeps the mask of its first refresh.
             first = flag(context, site, q, "new_video")
             scores = splice(graph, node, _keep_old, first, scores, *lists)
-        kept = splice(graph, node, _select, scores, site.budget)
+        if recipe.always_keep:
+            always = _places(node, context, "always_kept")
+            kept = splice(graph, node, qs.select_blocks.default, scores, always, site.budget)
+        else:
+            kept = splice(graph, node, _select, scores, site.budget)
         stored = (kept[0], splice(graph, node, _listed, kept[1], site.budget))
         with graph.inserting_before(node):
             correction = "complement" if recipe.correction == "complement" else "residual"
@@ -228,6 +242,32 @@ def _drift(q: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
     then = probe.float()
     change = _probe(q).float() - then
     return (change.square().sum() / then.square().sum().clamp_min(1e-12)).sqrt().reshape(1)
+
+
+def check_always_kept(node: fx.Node, site: AttentionSite, context: PassContext) -> None:
+    """Raise a RecipeError where a query block of a site would always keep more than the budget."""
+    sets = context.recipe.always_keep
+    wanted = LayoutInput(node.meta["token_layout"], "always_kept", torch.device("cpu"), sets)
+    most = int(layout_tensor(wanted).sum(-1).max())
+    if most > site.budget:
+        raise RecipeError(
+            f"always_keep={list(sets)} keeps {most} of {site.kv_blocks} key blocks for one query block of {site.name}, "
+            f"and density {context.recipe.density} leaves {site.budget}; raise the density or name fewer sets."
+        )
+
+
+def _places(node: fx.Node, context: PassContext, what: str) -> fx.Node:
+    """The graph input with a static mask's scores or the always-kept blocks of an attention."""
+    layout, device = node.meta["token_layout"], node.args[0].meta["val"].device
+    sets = context.recipe.always_keep if what == "always_kept" else ()
+    blocks = math.ceil(layout.tokens / layout.block_size)
+    dtype = torch.bool if what == "always_kept" else torch.float32
+    example = _fake(node.args[0], (blocks, blocks), dtype)
+    return context.add_input(what, example, LayoutInput(layout, what, device, sets))
+
+
+def _for_all_heads(scores: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return scores.expand(*q.shape[:2], *scores.shape).contiguous()
 
 
 def _select(scores: torch.Tensor, budget: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -312,6 +312,7 @@ def test_a_pass_of_the_users_takes_part(wan_program: ExportedProgram, tmp_path: 
         "pack_weights": 20,
         "trim_padding_mask": 0,
         "quantize_linear": 20,
+        "order_tokens": 0,
         "sparsify_attention": 0,
         "quantize_attention": 0,
         "reparameterize_residual": 0,
