@@ -115,7 +115,7 @@ def main() -> None:
 
     def write(step: int, steps: int) -> None:
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        head = {"command": " ".join(["python", *sys.argv[:1], *sys.argv[1:]]), "device": card}
+        head = {"command": " ".join(["python", *sys.argv]), "device": card}
         head |= {"versions": package_versions(), "date": date.today().isoformat(), "clips": args.clips}
         head |= {"steps": args.steps, "steps_measured": list(range(0, step, args.every))}
         head |= {"grid": list(recall.layouts["rows"].grid), "block_size": BLOCK}

@@ -1,4 +1,4 @@
-"""Tokens in tiles, static masks and always-kept blocks in whole models: the same pictures wherever nothing is dropped."""
+"""Tokens in tiles, masks by place and always-kept blocks in whole models: refreshes give the same pictures."""
 
 from __future__ import annotations
 
