@@ -44,9 +44,7 @@ def test_the_order_of_the_built_in_passes() -> None:
     assert pass_names() == BUILT_IN
 
 
-@pytest.mark.parametrize(
-    ("where", "position"), [({}, 7), ({"after": "quantize_linear", "before": "order_tokens"}, 2)]
-)
+@pytest.mark.parametrize(("where", "position"), [({}, 7), ({"after": "quantize_linear", "before": "order_tokens"}, 2)])
 def test_a_function_takes_its_place_and_leaves(where: dict, position: int) -> None:
     with qs.register_pass(noop, **where) if not where else qs.register_pass(**where)(noop) as handle:
         assert handle.name == "noop" and pass_names().index("noop") == position
