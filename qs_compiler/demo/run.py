@@ -36,7 +36,7 @@ from .text import CaptionEncoder
 from .trace import KeptBlocks, Listener, Setting, StepError, sample_traced, step_errors
 
 STEPS = 10  # the bundled model follows its captions from 10 steps on, and a step takes seconds on a CPU
-CALIBRATION_FORWARDS = 8
+CALIBRATION_FORWARDS = 4
 UNSEEN_FORWARDS = 2  # that calibrations are compared on
 
 
