@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,6 +161,18 @@ class FunctionPass(GraphPass):
         if isinstance(result, PassResult):
             return result
         return PassResult(matched=result if isinstance(result, int) else 0)
+
+
+def upstream(node: fx.Node, limit: int | None = None) -> Iterator[fx.Node]:
+    """`node` and what it is computed from, nearest first, placeholders left out; it ends once `limit` were found."""
+    frontier, seen = [node], {node}
+    while frontier and (limit is None or len(seen) < limit):
+        one = frontier.pop(0)
+        yield one
+        for parent in one.all_input_nodes:
+            if parent not in seen and parent.op != "placeholder":
+                seen.add(parent)
+                frontier.append(parent)
 
 
 def describe(node: fx.Node) -> str:

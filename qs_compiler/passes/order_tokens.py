@@ -26,7 +26,7 @@ from torch import fx
 
 from .. import _compat
 from ..runtime.token_layout import Grid, LayoutInput, TokenLayout
-from .base import GraphPass, PassContext, PassResult, Phase
+from .base import GraphPass, PassContext, PassResult, Phase, upstream
 from .quantize_linear import _call
 
 aten = torch.ops.aten
@@ -115,15 +115,9 @@ def patch_grids(graph: fx.Graph, batch: int) -> Iterator[Grid]:
 
 def video_start(q: fx.Node, length: int, tokens: int) -> int | None:
     """Position of the video in a joint sequence: the nearest cat upstream of q that has a part as long as the grid."""
-    frontier, seen = [q], {q}
-    while frontier and len(seen) < _SEEN_THROUGH:
-        node = frontier.pop(0)
+    for node in upstream(q, _SEEN_THROUGH):
         if node.target is aten.cat.default and (start := _part_of(node, length, tokens)) is not None:
             return start
-        for parent in node.all_input_nodes:
-            if parent not in seen and parent.op != "placeholder":
-                seen.add(parent)
-                frontier.append(parent)
     return None
 
 

@@ -32,7 +32,7 @@ from ..errors import RecipeError
 from ..runtime.cache_layout import block_budget, cache_slots, probe_stride
 from ..runtime.inputs import Cached, Scalar
 from ..runtime.token_layout import STATIC_MASKS, LayoutInput, layout_tensor
-from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
+from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice, upstream
 from .quantize_linear import _call
 from .trim_padding_mask import attention_mask
 
@@ -183,17 +183,9 @@ def find_anchor(q: fx.Node, context: PassContext) -> int | None:
     owned = {p: i for i, p in enumerate(context.capture.placeholders[: len(context.capture.inputs)])}
     owned = {p: i for p, i in owned.items() if context.capture.inputs[i].owned}
     linears = {aten.linear.default, qs.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
-    frontier, seen = [q], {q}
-    while frontier:
-        node = frontier.pop(0)
-        if node.target in linears:
-            found = _nearest_input(node, owned, context)
-            if found is not None:
-                return found
-        for parent in node.all_input_nodes:
-            if parent not in seen and parent.op != "placeholder":
-                seen.add(parent)
-                frontier.append(parent)
+    for node in upstream(q):
+        if node.target in linears and (found := _nearest_input(node, owned, context)) is not None:
+            return found
     return None
 
 
