@@ -120,12 +120,12 @@ class Clock:
     def phases(self, recipe: qs.Recipe, repeats: int) -> tuple[dict[str, float], dict[str, dict]]:
         """Of a sparse recipe, after a first call: medians of each phase, and the breakdown of one step of each.
 
-        The first video is not counted. With `repeats` 0 there is only one, of three steps, and the breakdown's steps
-        are the timed ones: right where a step takes seconds.
+        The first video is not counted: kernels choose their configurations in it. With `repeats` 0 the videos have
+        three steps, and the breakdown's steps are the timed ones: right where a step takes seconds.
         """
         times = collections.defaultdict(list)
         profiles: dict[str, dict] = {}
-        profiled = repeats + 1 if repeats else 0
+        profiled = repeats + 1
         steps = recipe.interval + 2 if repeats else 3
         schedule = Schedule.of(recipe)
         for video in range(profiled + 1):
@@ -141,7 +141,7 @@ class Clock:
                         took = self.once()
                     if times_run(phase) == before:
                         raise RuntimeError(f"step {step} did not run {phase}")
-                    if 0 < video < profiled or repeats == 0:
+                    if 0 < video < profiled or (video == profiled and repeats == 0):
                         times[phase].append(took)
                     print(f"  video {video} step {step} {phase} {took:.1f} ms", flush=True)
         return {phase: statistics.median(values) for phase, values in times.items()}, profiles

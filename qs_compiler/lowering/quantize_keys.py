@@ -75,12 +75,9 @@ def lower_quantize_keys(k, kv_len, block_size):
 
     smooth = pointwise(f32, root_of_deviation, [batch, heads, depth])
     load_smooth, load_mean = smooth.make_loader(), pointwise(f32, mean, [batch, heads, depth]).make_loader()
-    load_inverse = pointwise(
-        f32, lambda index: divide_to_nearest(ops.constant(1.0, f32), load_smooth(index)), [batch, heads, depth]
-    ).make_loader()
 
-    def even(x, channel):
-        return ops.mul(ops.sub(x, load_mean(channel)), load_inverse(channel))
+    def even(x, channel):  # the reciprocal is not kept in memory: Triton 3.6 fails on a kernel that stores all three
+        return ops.mul(ops.sub(x, load_mean(channel)), divide_to_nearest(ops.constant(1.0, f32), load_smooth(channel)))
 
     def magnitude(index, inside):
         b, h, block = index

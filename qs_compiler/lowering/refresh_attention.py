@@ -7,13 +7,16 @@ a snapshot between the two:
     residual      kept          o_kept             is subtracted from the output, in place
     complement    dropped       the dropped state
 
-so the price of a refresh is that of dense attention, and no second accumulator competes for registers. LAUNCHES says in
-how many kernels:
+so the price of a refresh is that of dense attention, and no second accumulator competes for registers. It is one kernel
+or two:
 
     1    a template of its own holds both loops, a program for each tile of queries.
     2    sparse_attention's template over the first part, and again over the second one, resuming from the result of the
          first as a sparse step resumes from a cached state. Each launch has the registers of one loop, so more programs
-         run at a time; the snapshot is read back once. Not measured yet.
+         run at a time; the snapshot is read back once.
+
+On an H100 at HunyuanVideo's shape two launches are faster with 8-bit operands (216 ms against 248 ms), one is with 16-bit
+operands (377 ms against 382 ms), and two are wherever they estimate the block mass (benchmarks/results/attention.json).
 
 Block mass needs the final log-sum-exps, hence the scores once more, in one launch. Two launches estimate it instead if
 they are given the log-sum-exps of an earlier step: those divide the weights of each row as they pass, and the masses of
@@ -44,7 +47,7 @@ from .template_source import read_template
 
 OP = torch.ops.quantsparse.refresh_attention.default
 BLOCK_MASS = 4  # its place among the outputs
-LAUNCHES = 1
+LAUNCHES: int | None = None  # as many whatever the operands, to compare
 
 
 @SymbolicGridFn
@@ -73,7 +76,8 @@ def lower_refresh_attention(
 
     operands = [None if x is None else with_unit_stride(x) for x in arguments[:9]]
     has_mass = output_is_used(BLOCK_MASS)
-    if LAUNCHES == 2 and not (has_mass and lse_prev is None):
+    by_measurement = 2 if q.get_dtype().itemsize == 1 or has_mass else 1
+    if (LAUNCHES or by_measurement) == 2 and not (has_mass and lse_prev is None):
         previous = lse_prev if has_mass else None
         return two_launches(operands, previous, correction == "residual", scale, block_size, dtype)
     q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len = operands
