@@ -163,7 +163,7 @@ def whole_run(model: torch.nn.Module, run: Callable, inputs: dict[str, torch.Ten
             found = []
             for branch in ("cond", "uncond")[:calls]:
                 video.step(step, branch=branch)
-                found.append(run(**{**inputs, "hidden_states": latents}, return_dict=False)[0])
+                found.append(run(**{**inputs, "hidden_states": latents})[0])
             noise = found[0] if calls == 1 else found[1] + 5.0 * (found[0] - found[1])
             latents = latents - noise / steps
     synchronize()

@@ -54,15 +54,15 @@ class Compiled:
     registers: int  # a thread
 
 
-def compile_offline(source: str, folder: Path, capability: tuple[int, int]) -> Compiled:
-    """Compile a kernel for a compute capability, without a GPU."""
+def compile_offline(source: str, folder: Path, capability: tuple[int, int], x_block: int = 1) -> Compiled:
+    """Compile a kernel for a compute capability, without a GPU; `x_block` rows of a reduction a program."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     types = re.search(r"'signature': \{(.*?)\}", source).group(1)
     signature = dict(re.findall(r"'(\w+)': '([^']+)'", types))
-    blocks = {name: {"XBLOCK": 1}.get(name, 128) for name in constexpr_parameters(source)}
+    blocks = {name: {"XBLOCK": x_block}.get(name, 128) for name in constexpr_parameters(source)}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     options = {
         name: int(value) for name, value in re.findall(r"^\s*(num_warps|num_stages)=(\d+)", source, re.MULTILINE)

@@ -15,8 +15,9 @@ or two:
          first as a sparse step resumes from a cached state. Each launch has the registers of one loop, so more programs
          run at a time; the snapshot is read back once.
 
-On an H100 at HunyuanVideo's shape two launches are faster with 8-bit operands (216 ms against 248 ms), one is with 16-bit
-operands (377 ms against 382 ms), and two are wherever they estimate the block mass (benchmarks/results/attention.json).
+On an H100 at HunyuanVideo's shape two launches are faster with 8-bit operands (216 ms against 248 ms), one is with
+16-bit operands (377 ms against 382 ms), and two are where they estimate the block mass
+(benchmarks/results/attention.json).
 
 Block mass needs the final log-sum-exps, hence the scores once more, in one launch. Two launches estimate it instead if
 they are given the log-sum-exps of an earlier step: those divide the weights of each row as they pass, and the masses of

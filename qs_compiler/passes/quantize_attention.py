@@ -35,7 +35,7 @@ from .quantize_linear import _call
 from .sparsify_attention import _scale, why_not_ours
 
 aten, qs = torch.ops.aten, torch.ops.quantsparse
-# Where our kernel at density 1 beats the library, prologue included (benchmarks/results/attention.json); what is
+# Where our kernel at density 1 beats the library, prologue included (benchmarks/results/attention_first.json); what is
 # shorter or has narrower heads was not measured.
 LEAST_TOKENS = 30_000
 HEADS = range(65, 129)

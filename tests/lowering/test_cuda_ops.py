@@ -187,6 +187,17 @@ def test_quantize_keys_reads_each_block_in_one_kernel(tmp_path):
         assert_close(scale, wanted_scale)
 
 
+def test_quantize_keys_compiles_for_many_channels_a_program(tmp_path):
+    """Triton 3.6 fails on a reduction that stores smoothing, mean and the reciprocal of the smoothing."""
+    with torch.device("meta"):
+        k = torch.empty(2, 4, 4096, 128, dtype=bf16)
+    sources = kernel_sources(cuda_code(lambda k: quantsparse.quantize_keys(k, None, 128), k))
+    reductions = [source for name, source in sources.items() if name.startswith(("triton_per", "triton_red"))]
+    assert len(reductions) >= 3
+    for source in reductions:
+        assert compile_offline(source, tmp_path, (9, 0), x_block=32).spilled_bytes == 0
+
+
 def test_references_on_cuda_are_reported():
     def function(q, k, v):
         lists = quantsparse.select_blocks(quantsparse.block_scores(q, k, None, 0.2, BLOCK), None, 2)

@@ -147,6 +147,13 @@ def two_launches(monkeypatch):
     monkeypatch.setattr(refresh_attention, "LAUNCHES", 2)
 
 
+@pytest.mark.parametrize(("dtype", "launches"), ((torch.int8, 2), (bf16, 1)))
+def test_the_form_that_measured_faster_is_the_default(dtype, launches):
+    function, args = large_case(128, dtype, "residual", 4)
+    text = cuda_code(function, *args)
+    assert sum("_tem_" in name for name in kernel_sources(text)) == launches
+
+
 def test_two_launches_give_what_one_gives(two_launches, tmp_path):
     """Grouped heads of odd sizes with poisoned padding; whole blocks, lists that keep nothing or all; 8 bits."""
     q, k, v = random_qkv(2, 4, 2, 35, 65, 24, torch.float32)
