@@ -62,7 +62,12 @@ def is_multiple(size, factor: int) -> bool:
 def with_unit_stride(x):
     """`x` in memory, its last dimension contiguous, any other strides."""
     x = ir.ExternKernel.realize_input(x)
-    return x if x.get_stride()[-1] == 1 else ir.ExternKernel.require_contiguous(x)
+    if x.get_stride()[-1] != 1:
+        return ir.ExternKernel.require_contiguous(x)
+    # Before torch 2.13 a template does not hold its inputs' layouts: a producer could still follow the strides of a
+    # fused projection, its last dimension no longer contiguous.
+    ir.as_storage_and_layout(x, freeze=True)
+    return x
 
 
 def scale_kind(scale, tokens) -> int:

@@ -12,6 +12,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Stands for -inf as a running maximum, so that differences of empty rows are 0 and not NaN.
 NOTHING = tl.constexpr(-1.0e30)
 TINY = tl.constexpr(1.0e-30)
+TWO_ROUNDINGS = tl.constexpr(2.0**-23)  # of a float32, relative
+LARGEST_FACTOR = tl.constexpr(16.0)  # base 2; roundings of OFFSET times it leave weights that are normal numbers
 # 1.5 * 2^23: a float32 near it steps by one, and sums of 256 products of int8 stay within 2^22 of it.
 OFFSET = tl.constexpr(12582912.0)
 OFFSET_BITS = tl.constexpr(0x4B400000)
@@ -229,9 +231,15 @@ def attend_blocks(
         if MASKED:
             scores = tl.where((columns < length)[None, :], scores, float("-inf"))
         f = tl.maximum(f, TINY)  # scales of 0 would make NaN of what is masked
+        if INT8 and K_SCALES != 2:
+            f = tl.minimum(f, LARGEST_FACTOR)  # a unit of the integer sum decides the softmax from far less on
         # The factor is positive, so it may come after the maximum.
         m_new = tl.maximum(m, (tl.max(scores, 1) - LEFT) * f - SHIFT)
-        weights = tl.exp2(scores * f[:, None] - (f * LEFT + m_new)[:, None])
+        reference = f * LEFT + m_new
+        if INT8 and K_SCALES != 2:
+            # Rounded by more than 1, it could lie so far below the largest score that a weight overflows.
+            reference += tl.maximum(tl.abs(reference) * TWO_ROUNDINGS - 1.0, 0.0)
+        weights = tl.exp2(scores * f[:, None] - reference[:, None])
         shrink = tl.exp2(m - m_new)
         sums = tl.sum(weights, 1)
         total = total * shrink + sums

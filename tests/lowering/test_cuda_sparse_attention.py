@@ -102,6 +102,42 @@ def test_codes_with_scales_per_token_and_per_block(code, tmp_path):
     check([eight_bit], tmp_path, FP8_WEIGHTS_ERROR)
 
 
+def test_heads_of_a_fused_projection_quantised_in_the_graph(tmp_path):
+    """What makes the codes and their scales follows the projection's strides unless the kernel holds their layouts."""
+
+    def function(fused, counts, indices):
+        q, k, v = fused.permute(2, 0, 3, 1, 4)
+        k, k_scale, smooth = quantsparse.quantize_keys(k, None, BLOCK)
+        q, q_scale = quantsparse.quantize_rows(q.float() * smooth.unsqueeze(2), None, None, "int8")
+        scales = q_scale, k_scale, None
+        return quantsparse.sparse_attention(q, k, v, *scales, counts, indices, None, None, None, 0.2, BLOCK, bf16)
+
+    fused = (torch.randn(1, 70, 3, 4, 32) * torch.rand(70, 1, 4, 1).mul(3).exp()).to(bf16)
+    args = fused, *block_lists(1, 4, 3, 3, least=1)
+    text = cuda_code(function, *args)
+    [(o, lse)] = interpret([(text, args)], tmp_path)
+    wanted_o, wanted_lse = function(*args)
+    assert_close(o, wanted_o, 4 * RELATIVE_ERROR[bf16])
+    assert_close(lse, wanted_lse, RELATIVE_ERROR[bf16])
+
+
+@pytest.mark.parametrize("step", (2.0, 1e4, 1e30))
+def test_huge_scores_give_one_key_and_no_infinity(step, tmp_path):
+    """A unit of the integer sum is worth more than any weight: the largest sum has all, however its float rounds."""
+    q, k = (torch.randint(-127, 128, (1, 2, n, 32), dtype=torch.int8) for n in (70, 32))
+    v = torch.randn(1, 2, 32, 32).mul(1e30).to(bf16)
+    one = torch.ones(1, dtype=torch.int32)
+    lists = one.expand(1, 2, 3).contiguous(), (0 * one).expand(1, 2, 3, 1).contiguous()
+    scales = torch.full((1, 2, 70), step), torch.ones(1, 2, 1), None
+    function, args = attend(q, k, v, lists, scales=scales, dtype=bf16)
+    [(o, lse)] = interpret([(cuda_code(function, *args), args)], tmp_path)
+    assert torch.isfinite(o).all() and not lse.isnan().any()
+    first, second = (q.float() @ k.float().mT).topk(2).values.unbind(-1)
+    clear = first - second > 1000
+    assert clear.float().mean() > 0.5
+    assert_close(o[clear], function(*args)[0][clear], RELATIVE_ERROR[bf16])
+
+
 def sparse_step(q, k, v, counts, indices, residual):
     o, _ = quantsparse.sparse_attention(
         q, k, v, None, None, None, counts, indices, None, None, None, 0.2, BLOCK, q.dtype
