@@ -208,6 +208,8 @@ def measure_ours(recipe: qs.Recipe, args: argparse.Namespace) -> dict:
     start = time.perf_counter()
     model = build(args.model, args.layers, args.device, recipe)
     row = {"build_seconds": round(time.perf_counter() - start, 1), "build_peak_gib": peak_gib()}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # that of the run is told apart
     row |= {"weight_bytes": bytes_by_class(model), "offload": args.offload}
     budget = None if args.cache_gib is None else int(args.cache_gib * 2**30)
     qs.attach(model, recipe=recipe, mode=args.mode, memory_budget=budget)

@@ -70,7 +70,8 @@ def build(name: str, layers: int | None, device: str, recipe: qs.Recipe | None =
     model = without_values(name, layers, None)
     planned = plan_layers(model, recipe) if recipe is not None and recipe.weight_format is not None else {}
     keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for path, module in list(model.named_modules()):
+    for path in [path for path, _ in model.named_modules()]:  # no list of modules: it would keep the replaced ones
+        module = model.get_submodule(path)
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 dtype = torch.float32 if keep & {*path.split("."), key} else torch.bfloat16
