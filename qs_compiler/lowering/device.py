@@ -231,12 +231,12 @@ def attend_blocks(
         if MASKED:
             scores = tl.where((columns < length)[None, :], scores, float("-inf"))
         f = tl.maximum(f, TINY)  # scales of 0 would make NaN of what is masked
-        if INT8 and K_SCALES != 2:
+        if LEFT > 0:
             f = tl.minimum(f, LARGEST_FACTOR)  # a unit of the integer sum decides the softmax from far less on
         # The factor is positive, so it may come after the maximum.
         m_new = tl.maximum(m, (tl.max(scores, 1) - LEFT) * f - SHIFT)
         reference = f * LEFT + m_new
-        if INT8 and K_SCALES != 2:
+        if LEFT > 0:
             # Rounded by more than 1, it could lie so far below the largest score that a weight overflows.
             reference += tl.maximum(tl.abs(reference) * TWO_ROUNDINGS - 1.0, 0.0)
         weights = tl.exp2(scores * f[:, None] - reference[:, None])
