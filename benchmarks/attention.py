@@ -298,6 +298,7 @@ def rule(table: Table, tokens: list[int]) -> None:
     """Dense attention by tokens and head width: ours with its prologue, and the library's."""
     for depth in (64, 128):
         for number in tokens:
+            torch.compiler.reset()
             shape = f"{number} x 12 x {depth}"
             SHAPES[shape] = number, 12, depth
             case = functools.cache(lambda shape=shape: Case(shape, 1.0))
