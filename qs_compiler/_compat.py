@@ -418,6 +418,48 @@ def eager_graphs() -> Iterator[None]:
         _EAGER_GRAPHS.reset(token)
 
 
+_SCHEMAS: contextvars.ContextVar[dict[tuple, tuple] | None] = contextvars.ContextVar("quantsparse_schemas", default=None)
+
+
+@contextlib.contextmanager
+def one_schema_a_body() -> Iterator[None]:
+    """Let torch ask once, not at every call, what a body that `outline` shares writes to.
+
+    Up to torch 2.12 AOTAutograd traces the body anew for each of its calls, twice a phase; later ones remember.
+    """
+    from torch._guards import InvokeSubgraphCache
+    from torch._higher_order_ops.invoke_subgraph import InvokeSubgraphHOP
+
+    before = InvokeSubgraphHOP.gen_schema
+    if not hasattr(InvokeSubgraphCache, "get_functionalize_schema_entry") and before.__module__ != __name__:
+
+        def gen_schema(self: Any, subgraph: Any, identifier: str, *operands: Any) -> Any:
+            known = _SCHEMAS.get()
+            if known is None:  # another backend's graph
+                return before(self, subgraph, identifier, *operands)
+            key = id(subgraph), identifier, tuple(type(o) for o in operands)
+            if key not in known:
+                known[key] = before(self, subgraph, identifier, *operands), subgraph  # held: ids are used again
+            return known[key][0]
+
+        InvokeSubgraphHOP.gen_schema = gen_schema
+    token = _SCHEMAS.set({})
+    try:
+        yield
+    finally:
+        _SCHEMAS.reset(token)
+
+
+def start_compile_workers() -> None:
+    """Ask for the processes that compile Triton kernels, which take seconds to start; does not wait.
+
+    Inductor asks when it has the first kernel, and compiles in this process whatever comes before they have started.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.use_process_pool()
+
+
 def compile_graph(
     module: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], *, own_context: bool
 ) -> Callable[..., Any]:
@@ -440,10 +482,11 @@ def compile_graph(
         # Dynamo knows nothing of the appended inputs; left to AOTAutograd, their sizes would become symbols.
         fake_mode = torch._guards.TracingContext.get().fake_mode
         examples = [from_fake(t, fake_mode) if is_fake(t) else t for t in inputs]
-        return compile_fx(module, examples, config_patches=patches, decompositions=decompositions())
+        with one_schema_a_body():
+            return compile_fx(module, examples, config_patches=patches, decompositions=decompositions())
     fake_mode = FakeTensorMode()
     fakes = [from_fake(t, fake_mode) if isinstance(t, torch.Tensor) else t for t in inputs]
-    with torch._guards.tracing(None), torch._guards.compile_context(None):
+    with torch._guards.tracing(None), torch._guards.compile_context(None), one_schema_a_body():
         return compile_fx(module, fakes, config_patches=patches, decompositions=decompositions())
 
 

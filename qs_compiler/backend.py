@@ -61,6 +61,8 @@ def _compile(
     try:
         parsed = BackendOptions.parse(options, mode)
         _check(parsed, example_inputs)
+        if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
+            _compat.start_compile_workers()
         return GraphCompiler(module, example_inputs, parsed, attached).compile()
     except QuantSparseError as error:
         return raising(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch._higher_order_ops import utils as hop_utils
 
 import qs_compiler as qs
 from qs_compiler import _compat
@@ -92,3 +93,18 @@ def _inputs(ctx, model: nn.Module, args: tuple[torch.Tensor, ...]) -> list[torch
     """The graph's inputs: parameters by name, then what the caller passes."""
     given, tensors = iter(args), dict(model.named_parameters())
     return [tensors[x.name] if x.owned else next(given) for x in ctx.capture.inputs]
+
+
+def test_a_shared_body_is_not_traced_again_for_each_of_its_calls(monkeypatch) -> None:
+    """What a call costs to compile must not grow with the body: a model has 60 blocks and three phases."""
+    calls, before = [], hop_utils.materialize_as_graph
+    monkeypatch.setattr(hop_utils, "materialize_as_graph", lambda *args, **kw: calls.append(args) or before(*args, **kw))
+    counts = []
+    for blocks in (4, 8):
+        calls.clear()
+        torch.compiler.reset()
+        model, args = make(blocks)
+        with torch.no_grad():
+            torch.compile(model, backend="quantsparse")(*args)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
