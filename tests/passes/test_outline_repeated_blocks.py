@@ -104,7 +104,7 @@ def test_a_shared_body_is_not_traced_again_for_each_of_its_calls(monkeypatch) ->
         calls.clear()
         torch.compiler.reset()
         model, args = make(blocks)
-        with torch.no_grad():
+        with torch.no_grad(), _compat.inductor_config.patch(fx_graph_cache=False):
             torch.compile(model, backend="quantsparse")(*args)
         counts.append(len(calls))
     assert counts[0] == counts[1] > 0
