@@ -36,7 +36,7 @@ def run(context, phase: Phase, module=None, args=(X,), **recipe: object):
 def on_any_device(monkeypatch):
     """Take dense attentions here too, of any length."""
     monkeypatch.setattr(quantize_attention, "LEAST_TOKENS", 1)
-    monkeypatch.setattr(quantize_attention, "HEADS", range(1, 129))
+    monkeypatch.setattr(quantize_attention, "HEADS", dict.fromkeys(quantize_attention.HEADS, range(1, 129)))
     monkeypatch.setattr(quantize_attention, "LIBRARY_DEVICES", ())
 
 
@@ -83,6 +83,16 @@ def test_padding_is_not_computed_by_a_dense_attention(context, on_any_device) ->
     assert result.matched == 1, "16-bit operands too, since the library would compute what the mask hides"
     (node,) = ctx.capture.module.graph.find_nodes(op="call_function", target=quantsparse.sparse_attention.default)
     assert node.args[8] is not None and node.args[3:6] == (None, None, None)
+
+
+@pytest.mark.parametrize(("attention", "ours"), (("int8", 0), ("int8-fp8", 1)))
+def test_heads_of_64_stay_the_librarys_unless_values_are_float8(context, monkeypatch, attention, ours) -> None:
+    monkeypatch.setattr(quantize_attention, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(quantize_attention, "LIBRARY_DEVICES", ())
+    module = Attention(width=64)
+    _, result, _ = run(context, Phase.DENSE, module, attention=attention)
+    reasons = [] if ours else ["dense attention of head width 64 is the library's"]
+    assert result.matched == ours and [r for _, r in result.skipped] == reasons
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ qs = torch.ops.quantsparse
 
 
 class Attention(nn.Module):
-    def __init__(self, **sdpa: object) -> None:
+    def __init__(self, width: int = 16, **sdpa: object) -> None:
         super().__init__()
-        self.qkv = nn.Linear(32, 96)
-        self.sdpa = sdpa
+        self.qkv = nn.Linear(32, 6 * width)
+        self.width, self.sdpa = width, sdpa
 
     def forward(self, x: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (t.unflatten(-1, (2, self.width)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         if keys is not None:
             k = v = keys
         return F.scaled_dot_product_attention(q, k, v, **self.sdpa).transpose(1, 2).flatten(2)
