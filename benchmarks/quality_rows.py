@@ -80,6 +80,12 @@ def all_rows() -> dict[str, Row]:
     for percent in (25, 15):
         for kind in ("naive", "none", "first_order", "mixture-0.25"):
             rows.append(_sparse("w4a8", percent, kind, "large"))
+    for percent in (25, 15):
+        for form in ("off", "w4a8"):
+            for attention in ("int8-fp8", "int8"):
+                row = _sparse(form, percent, "mixture-0.25", "small")
+                recipe = dataclasses.replace(row.recipe, attention=attention)
+                rows.append(dataclasses.replace(row, name=f"{row.name}/{attention}", recipe=recipe))
     for name in ("w4a8", "w4a4", "w8a8"):
         rows.append(Row(f"{name}/default/compiled", Recipe.parse(name), STAGES["default"], compiled=True))
     for form in ("off", "w4a8"):

@@ -41,6 +41,8 @@ CORRECTIONS = {
     "second_order-1": "second order, f = 1 (the paper)",
     "second_order-k": "second order, f = k/tau",
     "mixture-0.25": "mixture, g = 0.25",
+    "mixture-0.25/int8-fp8": "mixture, g = 0.25; int8 + fp8 attention",
+    "mixture-0.25/int8": "mixture, g = 0.25; int8 attention",
     "mixture": "mixture, fitted gains",
     "complement": "complement",
     "staggered": "mixture, g = 0.25, staggered refreshes",
@@ -210,7 +212,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
-    rows = {row["name"]: row for row in results["rows"]}
+    rows = {row["name"]: row for row in results["rows"] if len(row["clips"]) == results["key"]["clips"]}
     parts = {
         "about": about(results),
         "dense": dense_table(rows),

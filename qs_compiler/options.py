@@ -109,7 +109,7 @@ class Recipe:
     warmup: float = 0.1
     refresh_steps: tuple[int, ...] = ()
     refresh: Literal["fixed", "staggered", "adaptive"] = "fixed"
-    max_drift: float = 0.3
+    max_drift: float = 0.2
     min_interval: int = 2
     keep: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
