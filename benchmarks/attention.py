@@ -323,7 +323,8 @@ def break_even(table: Table, shape: str, kinds: list[str]) -> None:
     library = table.find("SDPA cuDNN bf16", shape)
     for kind in kinds:
         name = f"ours {kind}, prologue and mask included"
-        points = [(row["density"], row["ms"]) for row in table.rows if row["shape"] == shape and row["name"] == name and "ms" in row]
+        rows = [row for row in table.rows if row["shape"] == shape and row["name"] == name and "ms" in row]
+        points = [(row["density"], row["ms"]) for row in rows]
         if library is None or len(points) < 2:
             continue
         x, y = torch.tensor(points, dtype=torch.float64).unbind(1)

@@ -418,7 +418,8 @@ def eager_graphs() -> Iterator[None]:
         _EAGER_GRAPHS.reset(token)
 
 
-_SCHEMAS: contextvars.ContextVar[dict[tuple, tuple] | None] = contextvars.ContextVar("quantsparse_schemas", default=None)
+_Schemas = dict[tuple[Any, ...], tuple[Any, Any]]
+_SCHEMAS: contextvars.ContextVar[_Schemas | None] = contextvars.ContextVar("quantsparse_schemas", default=None)
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def _inputs(ctx, model: nn.Module, args: tuple[torch.Tensor, ...]) -> list[torch
 def test_a_shared_body_is_not_traced_again_for_each_of_its_calls(monkeypatch) -> None:
     """What a call costs to compile must not grow with the body: a model has 60 blocks and three phases."""
     calls, before = [], hop_utils.materialize_as_graph
-    monkeypatch.setattr(hop_utils, "materialize_as_graph", lambda *args, **kw: calls.append(args) or before(*args, **kw))
+    monkeypatch.setattr(hop_utils, "materialize_as_graph", lambda *a, **kw: calls.append(a) or before(*a, **kw))
     counts = []
     for blocks in (4, 8):
         calls.clear()
