@@ -117,11 +117,12 @@ class Clock:
         profile, took = breakdown(self.once)
         return {"dense": statistics.median(times or [took])}, {"dense": profile}
 
-    def phases(self, recipe: qs.Recipe, repeats: int) -> tuple[dict[str, float], dict[str, dict]]:
+    def phases(self, recipe: qs.Recipe, repeats: int, calls: int) -> tuple[dict[str, float], dict[str, dict]]:
         """Of a sparse recipe, after a first call: medians of each phase, and the breakdown of one step of each.
 
         The first video is not counted: kernels choose their configurations in it. With `repeats` 0 the videos have
-        three steps, and the breakdown's steps are the timed ones: right where a step takes seconds.
+        three steps, and the breakdown's steps are the timed ones: right where a step takes seconds. Where the pipeline
+        calls the model twice a step, the last refresh runs for the other branch too, whose caches count in the peak.
         """
         times = collections.defaultdict(list)
         profiles: dict[str, dict] = {}
@@ -143,6 +144,9 @@ class Clock:
                         raise RuntimeError(f"step {step} did not run {phase}")
                     if 0 < video < profiled or (video == profiled and repeats == 0):
                         times[phase].append(took)
+                    if video == profiled and phase == "refresh" and calls == 2:
+                        run.step(step, branch="other")
+                        self.once()
                     print(f"  video {video} step {step} {phase} {took:.1f} ms", flush=True)
         return {phase: statistics.median(values) for phase, values in times.items()}, profiles
 
@@ -229,7 +233,7 @@ def measure_ours(recipe: qs.Recipe, args: argparse.Namespace) -> dict:
         return row
     if recipe.density < 1:
         row["steps"] = Schedule.of(recipe).counts(args.steps)
-        phases, profiles = clock.phases(recipe, args.repeats)
+        phases, profiles = clock.phases(recipe, args.repeats, calls)
     else:
         row["steps"] = {"dense": args.steps}
         phases, profiles = clock.dense(args.repeats)
