@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from end_to_end import kind_of
 from full_models import CLASSES
 from matplotlib.figure import Figure
 
@@ -18,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "end_to_end.json"
 SIZES = ROOT / "benchmarks" / "results" / "sizes.json"
 PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.png"
-KINDS = ("attention", "linear", "quantise", "mask", "norm and elementwise", "copy", "shorter kernels", "gaps")
+KINDS = ("attention", "linear", "quantise", "mask", "norm and elementwise", "copy", "gaps")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -57,15 +56,9 @@ def between(page: str, name: str, text: str) -> str:
 
 
 def share(part: dict[str, Any], kind: str) -> float:
-    """Fraction of a step that the listed kernels of a kind take."""
-    total, listed = sum(part["ms"].values()), sum(took for _, took, _ in part["kernels"])
-    if kind == "gaps":
-        took = part["gaps_ms"]
-    elif kind == "shorter kernels":
-        took = max(total - listed, 0.0)
-    else:
-        took = sum(took for name, took, _ in part["kernels"] if kind_of(name) == kind)
-    return took / (total + part["gaps_ms"])
+    """Fraction of a step that kernels of a kind take; the benchmark sorted them by their whole names."""
+    took = part["gaps_ms"] if kind == "gaps" else part["ms"].get(kind, 0.0)
+    return took / (sum(part["ms"].values()) + part["gaps_ms"])
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
