@@ -101,7 +101,7 @@ class Recipe:
     mask: Literal["pooled", "mass", "spatial", "temporal", "radial"] = "pooled"
     token_order: Literal["rows", "tiles"] = "rows"
     always_keep: tuple[str, ...] = ()
-    correction: Literal["none", "first_order", "second_order", "complement", "mixture"] = "first_order"
+    correction: Literal["none", "first_order", "second_order", "complement", "mixture"] = "mixture"
     gain: Literal["0", "1", "k/tau", "clipped"] = "k/tau"
     rank: int = 16
     cache_format: Literal["bf16", "fp8", "int8", "int4", "rank16", "rank32"] = "bf16"

@@ -13,7 +13,7 @@ from qs_compiler.passes.sparsify_attention import SparsifyAttention
 from qs_compiler.passes.trim_padding_mask import TrimPaddingMask
 from tests.passes.conftest import targets
 
-RECIPE = {"density": 0.4, "block_size": 64}
+RECIPE = {"density": 0.4, "block_size": 64, "correction": "first_order"}
 X = torch.randn(1, 320, 32)
 qs = torch.ops.quantsparse
 
