@@ -458,9 +458,11 @@ def start_compile_workers() -> None:
     """
     from torch._inductor.async_compile import AsyncCompile
 
-    AsyncCompile.use_process_pool()
+    if not _EAGER_GRAPHS.get():
+        AsyncCompile.use_process_pool()
 
 
+@one_schema_a_body()
 def compile_graph(
     module: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], *, own_context: bool
 ) -> Callable[..., Any]:
@@ -483,11 +485,10 @@ def compile_graph(
         # Dynamo knows nothing of the appended inputs; left to AOTAutograd, their sizes would become symbols.
         fake_mode = torch._guards.TracingContext.get().fake_mode
         examples = [from_fake(t, fake_mode) if is_fake(t) else t for t in inputs]
-        with one_schema_a_body():
-            return compile_fx(module, examples, config_patches=patches, decompositions=decompositions())
+        return compile_fx(module, examples, config_patches=patches, decompositions=decompositions())
     fake_mode = FakeTensorMode()
     fakes = [from_fake(t, fake_mode) if isinstance(t, torch.Tensor) else t for t in inputs]
-    with torch._guards.tracing(None), torch._guards.compile_context(None), one_schema_a_body():
+    with torch._guards.tracing(None), torch._guards.compile_context(None):
         return compile_fx(module, fakes, config_patches=patches, decompositions=decompositions())
 
 

@@ -61,7 +61,7 @@ def _compile(
     try:
         parsed = BackendOptions.parse(options, mode)
         _check(parsed, example_inputs)
-        if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
+        if _on_cuda(example_inputs):
             _compat.start_compile_workers()
         return GraphCompiler(module, example_inputs, parsed, attached).compile()
     except QuantSparseError as error:
@@ -159,7 +159,7 @@ class GraphCompiler:
         self.report.compile_seconds[phase.value] = round(spent, 3)
         for number, code in enumerate(codes):
             self.dump.write(f"{phase.value}.output_code_{number}.py", code)
-        if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+        if _on_cuda(inputs):
             fallbacks += _called_references(codes, {op for op, _ in fallbacks})
         return fn, fallbacks
 
@@ -198,6 +198,10 @@ class GraphCompiler:
                 f"strict=True, and {len(skipped)} operations stay uncompressed: {'; '.join(skipped[:5])}"
                 f"{'; ...' if len(skipped) > 5 else ''}. List them in the recipe's `keep`, or leave out strict."
             )
+
+
+def _on_cuda(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs)
 
 
 def _called_references(codes: list[str], known: set[str]) -> list[tuple[str, str]]:

@@ -33,11 +33,16 @@ def run(context, phase: Phase, module=None, args=(X,), **recipe: object):
 
 
 @pytest.fixture
-def on_any_device(monkeypatch):
+def of_any_length(monkeypatch):
     """Take dense attentions here too, of any length."""
     monkeypatch.setattr(quantize_attention, "LEAST_TOKENS", 1)
-    monkeypatch.setattr(quantize_attention, "HEADS", dict.fromkeys(quantize_attention.HEADS, range(1, 129)))
     monkeypatch.setattr(quantize_attention, "LIBRARY_DEVICES", ())
+
+
+@pytest.fixture
+def on_any_device(monkeypatch, of_any_length):
+    """The same, with heads of any width."""
+    monkeypatch.setattr(quantize_attention, "HEADS", dict.fromkeys(quantize_attention.HEADS, range(1, 129)))
 
 
 @pytest.mark.parametrize("phase", (Phase.REFRESH, Phase.SPARSE))
@@ -86,11 +91,8 @@ def test_padding_is_not_computed_by_a_dense_attention(context, on_any_device) ->
 
 
 @pytest.mark.parametrize(("attention", "ours"), (("int8", 0), ("int8-fp8", 1)))
-def test_heads_of_64_stay_the_librarys_unless_values_are_float8(context, monkeypatch, attention, ours) -> None:
-    monkeypatch.setattr(quantize_attention, "LEAST_TOKENS", 1)
-    monkeypatch.setattr(quantize_attention, "LIBRARY_DEVICES", ())
-    module = Attention(width=64)
-    _, result, _ = run(context, Phase.DENSE, module, attention=attention)
+def test_heads_of_64_stay_the_librarys_unless_values_are_float8(context, of_any_length, attention, ours) -> None:
+    _, result, _ = run(context, Phase.DENSE, Attention(width=64), attention=attention)
     reasons = [] if ours else ["dense attention of head width 64 is the library's"]
     assert result.matched == ours and [r for _, r in result.skipped] == reasons
 
