@@ -3,7 +3,8 @@
 Weights are random, so this is about time and memory alone. Every phase is timed with CUDA events over a few steps and
 the whole run is the schedule's sum of them (`--steps`, as the pipeline calls the model; twice a step under guidance).
 Each row is measured in a process of its own, within `--limit` seconds; what benchmarks/results/end_to_end.json holds
-already for this card is not measured again. `--cold` compiles into an empty cache first and reports both starts.
+already for this card is not measured again. `--cold` compiles into an empty cache first and reports both starts; with
+`--cache` the cache stays, and later rows start from it.
 
     python benchmarks/end_to_end.py --model wan-1.3b --anchors best --recipes w8a8-d40 --limit 280
     python benchmarks/end_to_end.py --model small --device cpu --anchors eager --recipes w8a8-d40   # to try it
@@ -28,6 +29,7 @@ from pathlib import Path
 import diffusers
 import torch
 from full_models import EMBEDDERS, MODELS, build, bytes_by_class, inputs_of, trim
+from torch._dynamo.utils import compile_times
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qs_compiler as qs
@@ -122,7 +124,7 @@ class Clock:
 
         The first video is not counted: kernels choose their configurations in it. With `repeats` 0 the videos have
         three steps, and the breakdown's steps are the timed ones: right where a step takes seconds. Where the pipeline
-        calls the model twice a step, the last refresh runs for the other branch too, whose caches count in the peak.
+        calls the model twice a step, the last video refreshes the other branch too, whose caches count in the peak.
         """
         times = collections.defaultdict(list)
         profiles: dict[str, dict] = {}
@@ -229,6 +231,8 @@ def measure_ours(recipe: qs.Recipe, args: argparse.Namespace) -> dict:
         clock.once()
     row["first_call_seconds"] = round(time.perf_counter() - start, 1)
     row["compile_seconds"] = qs.reports()[-1].compile_seconds
+    parts = zip(*compile_times(repr="csv", aggregate=True), strict=True)  # torch's own account; the parts overlap
+    row["compile_parts"] = {part: round(float(spent), 1) for part, spent in parts if float(spent) >= 1}
     if args.first_call:
         return row
     if recipe.density < 1:
@@ -320,6 +324,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="videos timed; 0: the profiled steps alone are")
     parser.add_argument("--whole", action="store_true", help="also run the whole denoising loop of each recipe")
     parser.add_argument("--cold", action="store_true", help="compile into an empty cache first, and time both starts")
+    parser.add_argument("--cache", help="folder of compiled code; with --cold it has to be empty")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=float, default=280, help="seconds for each row and for each cold start")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already")
@@ -341,16 +346,17 @@ def main() -> None:
         if known and not args.again:
             print("there already:", key["name"], flush=True)
             continue
-        with tempfile.TemporaryDirectory() as cache:
-            shared = cache if args.cold and what not in ANCHORS else None
-            cold = in_a_process(what, args, shared, "--first-call") if shared else {}
+        twice = args.cold and what not in ANCHORS
+        with tempfile.TemporaryDirectory() as empty:
+            shared = args.cache or (empty if twice else None)
+            cold = in_a_process(what, args, shared, "--first-call") if twice else {}
             row = in_a_process(what, args, shared) if isinstance(cold, dict) else cold
         if isinstance(row, str):
             print(f"{key['name']}: {row}", flush=True)
             failed.append(key["name"])
             continue
-        if shared:
-            row["cold_call_seconds"], row["cold_compile_seconds"] = cold["first_call_seconds"], cold["compile_seconds"]
+        if cold:
+            row |= {f"cold_{name}": cold[name] for name in ("first_call_seconds", "compile_seconds", "compile_parts")}
         rows = [r for r in rows if r not in known]
         rows.append({**key, "date": date.today().isoformat(), "command": command, **row})
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "whole_run_seconds" in row:
             run += f" (whole run: {row['whole_run_seconds']})"
         first = f"{row['first_call_seconds']}"
-        if "cold_call_seconds" in row:
-            first += f" (cold: {row['cold_call_seconds']})"
+        if "cold_first_call_seconds" in row:
+            first += f" (cold: {row['cold_first_call_seconds']})"
         cells = [row["model"], str(row["layers"] or "all"), row["name"], *phases, run, str(row["peak_gib"]), first]
         lines.append("| " + " | ".join([*cells, row["device"]]) + " |")
     return "\n".join(lines)

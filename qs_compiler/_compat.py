@@ -475,6 +475,7 @@ def compile_graph(
             call): its shapes are numbers and no guard may reach Dynamo.
     """
     from torch._inductor.compile_fx import compile_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     from .lowering.decompositions import decompositions
 
@@ -486,9 +487,10 @@ def compile_graph(
         fake_mode = torch._guards.TracingContext.get().fake_mode
         examples = [from_fake(t, fake_mode) if is_fake(t) else t for t in inputs]
         return compile_fx(module, examples, config_patches=patches, decompositions=decompositions())
-    fake_mode = FakeTensorMode()
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv())  # the compile caches keep nothing that has no ShapeEnv
     fakes = [from_fake(t, fake_mode) if isinstance(t, torch.Tensor) else t for t in inputs]
-    with torch._guards.tracing(None), torch._guards.compile_context(None):
+    own = torch._guards.TracingContext(fake_mode)
+    with torch._guards.tracing(own), torch._guards.compile_context(None):
         return compile_fx(module, fakes, config_patches=patches, decompositions=decompositions())
 
 
