@@ -165,8 +165,11 @@ def cpp_wrapper_active() -> bool:
 # --- graphs: tracing, copying, naming -------------------------------------------------------------------------------
 
 
-def retrace_dynamo(module: fx.GraphModule) -> fx.GraphModule:
-    """Dynamo's torch-level graph as flat pre-dispatch ATen, with the placeholders' Dynamo identity kept."""
+def retrace_dynamo(module: fx.GraphModule, prepare: Callable[[fx.Graph], None]) -> fx.GraphModule:
+    """Dynamo's torch-level graph as flat pre-dispatch ATen, with the placeholders' Dynamo identity kept.
+
+    `prepare` edits a copy of Dynamo's graph before it is traced.
+    """
     placeholders = module.graph.find_nodes(op="placeholder")
     values = [p.meta["example_value"] for p in placeholders]
     fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
@@ -174,6 +177,7 @@ def retrace_dynamo(module: fx.GraphModule) -> fx.GraphModule:
     for node in source.graph.find_nodes(op="call_function", target=torch._C._autograd._get_data_attr):
         # x.data escapes the tracer, which would bake a fake tensor into the graph; detach() is traced.
         node.target = torch.ops.aten.detach.default
+    prepare(source.graph)
     source.recompile()
     # tracing(None): with a tracing context invoke_subgraph bodies would keep their pre-dispatch form and
     # compile_fx would refuse them.
@@ -330,64 +334,52 @@ def finish_graph(module: fx.GraphModule) -> None:
 # --- one body for equal parts ---------------------------------------------------------------------------------------
 
 
-def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int, tuple[str, int]]) -> fx.GraphModule:
-    """Split a flat graph into parts and call equal parts through invoke_subgraph.
+def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int, tuple[str, int]]) -> None:
+    """Call equal parts of a flat graph through invoke_subgraph, in place.
 
     Args:
         parts: part number of every node that is no placeholder, ascending in the order of the graph.
         shared: part number -> (identifier, part number whose body is called).
     """
     from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
-    from torch.fx.passes.split_module import split_module
 
-    split = split_module(module, None, lambda node: parts[node], keep_original_order=True)
-    _copy_placeholders(module, split)
-    for placeholder, old in zip(
-        split.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True
-    ):
-        placeholder.meta.update(old.meta)
-    calls = {int(str(n.target).rsplit("_", 1)[1]): n for n in split.graph.find_nodes(op="call_module")}
-    single = {part: _wrap_single_output(split.get_submodule(str(calls[part].target))) for part in shared}
-    for part in shared:
-        _pass_sizes(split, calls[part])
+    graph = module.graph
+    # torch 2.11 binds a body's symbols by its own operands alone, so each gets all sizes.
+    sizes = [p for p in graph.find_nodes(op="placeholder") if isinstance(p.meta.get("val"), torch.SymInt)]
+    members: dict[int, list[fx.Node]] = {part: [] for part in shared}
+    for node, part in parts.items():
+        if part in shared:
+            members[part].append(node)
     for part, (identifier, body) in shared.items():
-        call = calls[part]
-        with split.graph.inserting_before(call):
-            attribute = split.graph.get_attr(f"submod_{body}")
-            result = split.graph.call_function(invoke_subgraph, (attribute, identifier, *call.args))
-            if single[part]:
-                result = split.graph.call_function(operator.getitem, (result, 0))
-        call.replace_all_uses_with(result)
-        split.graph.erase_node(call)
-    for part, (_, body) in shared.items():
-        if part != body:
-            delattr(split, f"submod_{part}")
-    return split
+        nodes, inside = members[part], set(members[part])
+        operands = list(dict.fromkeys([*(i for n in nodes for i in n.all_input_nodes if i not in inside), *sizes]))
+        returned = [n for n in nodes if any(user not in inside for user in n.users)]
+        if part == body:
+            module.add_submodule(f"submod_{body}", _body(module, nodes, operands, returned))
+        with graph.inserting_before(nodes[-1].next):
+            result = graph.call_function(invoke_subgraph, (graph.get_attr(f"submod_{body}"), identifier, *operands))
+            for number, node in enumerate(returned):
+                item = graph.call_function(operator.getitem, (result, number))
+                item.meta = {"val": node.meta["val"]}
+                node.replace_all_uses_with(item, lambda user: user not in inside)  # noqa: B023
+        for node in reversed(nodes):
+            graph.erase_node(node)
+    module.recompile()
 
 
-def _pass_sizes(split: fx.GraphModule, call: fx.Node) -> None:
-    """Make every size input an operand of a body: torch 2.11 binds a body's symbols by its own operands alone."""
-    sizes = [p for p in split.graph.find_nodes(op="placeholder") if isinstance(p.meta.get("val"), torch.SymInt)]
-    missing = [p for p in sizes if p not in call.args]
-    body = split.get_submodule(str(call.target))
-    first = next(n for n in body.graph.nodes if n.op != "placeholder")
-    for size in missing:
-        with body.graph.inserting_before(first):
-            placeholder = body.graph.placeholder(size.name)
-        placeholder.meta["val"] = size.meta["val"]
-    if missing:
-        call.args = (*call.args, *missing)
-        body.recompile()
-
-
-def _wrap_single_output(body: fx.GraphModule) -> bool:
-    """invoke_subgraph returns a tuple: make a body that returns one value return a tuple of one."""
-    (output,) = body.graph.find_nodes(op="output")
-    if isinstance(output.args[0], (tuple, list)):
-        return False
-    output.args = ((output.args[0],),)
-    body.recompile()
-    return True
+def _body(
+    module: fx.GraphModule, nodes: list[fx.Node], operands: list[fx.Node], returned: list[fx.Node]
+) -> fx.GraphModule:
+    """`nodes` as a graph of their own, from `operands` to a tuple of `returned`."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for operand in operands:
+        copies[operand] = graph.placeholder(operand.name)
+        copies[operand].meta["val"] = operand.meta["val"]
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[n] for n in returned))
+    return fx.GraphModule(module, graph)
 
 
 def _copy_placeholders(old: fx.GraphModule, new: fx.GraphModule) -> None:

@@ -84,6 +84,32 @@ def dotted_path(source: str) -> str:
     return ".".join(path[1:]) if len(path) > 1 else ".".join(path)
 
 
+def lay_tokens_out(graph: fx.Graph) -> None:
+    """Make the tokens (..., L, C) that enter the first of repeated blocks contiguous, in Dynamo's graph.
+
+    Before:  tokens = conv.flatten(2).transpose(1, 2)               # the channels of a token do not lie together
+    After:   tokens = conv.flatten(2).transpose(1, 2).contiguous()
+
+    Every block hands on the strides that it got: each norm would gather its rows, and each epilogue scatter them.
+    """
+    blocks = repeated_blocks(graph)
+    first: dict[str, tuple[str, str]] = {}
+    for block in blocks:
+        first.setdefault(block[1], block)
+    for node in list(graph.nodes):
+        if (block := block_of(node)) is None or block not in first.values():
+            continue
+        for tokens in node.all_input_nodes:
+            value = tokens.meta.get("example_value")
+            if tokens.op == "placeholder" or block_of(tokens) == block or not isinstance(value, torch.Tensor):
+                continue
+            if value.is_floating_point() and value.dim() > 2 and _compat.static_hint(value.stride(-1)) != 1:
+                with graph.inserting_after(tokens):
+                    copy = graph.call_method("contiguous", (tokens,))
+                copy.meta = {k: v for k, v in tokens.meta.items() if k != "example_value"}
+                tokens.replace_all_uses_with(copy, lambda user: user is not copy)  # noqa: B023
+
+
 def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
     """Trace Dynamo's torch-level graph to pre-dispatch ATen. Dynamo's own graph is left alone.
 
@@ -91,7 +117,7 @@ def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Cap
     """
     nodes = module.graph.find_nodes(op="placeholder")
     try:
-        traced = _compat.retrace_dynamo(module)
+        traced = _compat.retrace_dynamo(module, lay_tokens_out)
     except Exception as error:
         raise CaptureError(
             f"the graph could not be traced to ATen: {type(error).__name__}: {error}. "
@@ -158,3 +184,33 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return node.name
     return dotted_path(_compat.stack_name(next(reversed(stack.values())))) or node.name
+
+
+def block_of(node: fx.Node) -> tuple[str, str] | None:
+    """(path, class) of the outermost numbered module in which a node was traced: ("blocks.3", "WanTransformerBlock").
+
+    torch's own layers do not count: an nn.Sequential of linears is no list of blocks.
+    """
+    for entry in (node.meta.get("nn_module_stack") or {}).values():
+        path = dotted_path(_compat.stack_name(entry))
+        if re.search(r"(^|\.)\d+$", path):
+            cls = entry[1] if isinstance(entry[1], str) else f"{entry[1].__module__}.{entry[1].__qualname__}"
+            if not cls.startswith("torch.nn."):
+                return path, cls.rpartition(".")[2]
+    return None
+
+
+def repeated_blocks(graph: fx.Graph) -> dict[tuple[str, str], int]:
+    """Blocks of the outermost lists of which the graph holds at least two of one class, in order of appearance."""
+    seen: dict[tuple[str, str], None] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and (block := block_of(node)) is not None:
+            seen.setdefault(block)
+    families = [(path.rpartition(".")[0], cls) for path, cls in seen]
+    depth = min((path.count(".") for path, cls in families if families.count((path, cls)) > 1), default=0)
+    repeated = [
+        block
+        for block, family in zip(seen, families, strict=True)
+        if families.count(family) > 1 and family[0].count(".") == depth
+    ]
+    return {block: number for number, block in enumerate(repeated)}

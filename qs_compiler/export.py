@@ -27,14 +27,13 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from . import _compat
 from .artifact import TENSOR_NAMES, Artifact
-from .capture import Capture, GraphInput, Kind, capture_exported
+from .capture import Capture, GraphInput, Kind, block_of, capture_exported, repeated_blocks
 from .dump import GraphDump, PassReport, new_report
 from .errors import ArtifactError, OptionError, UnsupportedError
 from .lowering import register_lowerings
 from .options import BackendOptions, Recipe
 from .packing import PackedWeight, pack_weight, why_not
 from .passes import PassContext, PassResult, Phase, run_passes
-from .passes.outline_repeated_blocks import block_of, repeated_blocks
 
 log = logging.getLogger("qs_compiler")
 

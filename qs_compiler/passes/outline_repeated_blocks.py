@@ -20,13 +20,12 @@ it would write before, behind and into the other half of what the slice lies in.
 from __future__ import annotations
 
 import hashlib
-import re
 
 import torch
 from torch import fx
 
 from .. import _compat
-from ..capture import dotted_path
+from ..capture import block_of, repeated_blocks
 from .base import GraphPass, PassContext, PassResult
 
 
@@ -58,39 +57,9 @@ class OutlineRepeatedBlocks(GraphPass):
                 continue
             shared.update({part: (f"quantsparse_{number}", members[0]) for part in members})
         if shared:
-            context.capture.module = _compat.outline(context.capture.module, parts, shared)
+            _compat.outline(context.capture.module, parts, shared)
             result.matched = len(shared)
         return result
-
-
-def block_of(node: fx.Node) -> tuple[str, str] | None:
-    """(path, class) of the outermost numbered module in which a node was traced: ("blocks.3", "WanTransformerBlock").
-
-    torch's own layers do not count: an nn.Sequential of linears is no list of blocks.
-    """
-    for entry in (node.meta.get("nn_module_stack") or {}).values():
-        path = dotted_path(_compat.stack_name(entry))
-        if re.search(r"(^|\.)\d+$", path):
-            cls = entry[1] if isinstance(entry[1], str) else f"{entry[1].__module__}.{entry[1].__qualname__}"
-            if not cls.startswith("torch.nn."):
-                return path, cls.rpartition(".")[2]
-    return None
-
-
-def repeated_blocks(graph: fx.Graph) -> dict[tuple[str, str], int]:
-    """Blocks of the outermost lists of which the graph holds at least two of one class, in order of appearance."""
-    seen: dict[tuple[str, str], None] = {}
-    for node in graph.nodes:
-        if node.op == "call_function" and (block := block_of(node)) is not None:
-            seen.setdefault(block)
-    families = [(path.rpartition(".")[0], cls) for path, cls in seen]
-    depth = min((path.count(".") for path, cls in families if families.count((path, cls)) > 1), default=0)
-    repeated = [
-        block
-        for block, family in zip(seen, families, strict=True)
-        if families.count(family) > 1 and family[0].count(".") == depth
-    ]
-    return {block: number for number, block in enumerate(repeated)}
 
 
 def assign_parts(graph: fx.Graph, blocks: dict[tuple[str, str], int]) -> dict[fx.Node, int]:
@@ -119,7 +88,7 @@ def hoist_views(graph: fx.Graph, parts: dict[fx.Node, int]) -> None:
         inside, behind, copies = set(nodes), nodes[-1].next, dict[fx.Node, fx.Node]()
         leaving = [n for n in nodes if _compat.is_view(n) and not inside.issuperset(n.users)]
         for node in leaving:
-            new = _copy_behind(node, inside, behind, copies)
+            new = _one_batch(_copy_behind(node, inside, behind, copies))
             node.replace_all_uses_with(new, lambda user: user not in inside)  # noqa: B023
         for node in reversed(nodes):
             if not node.users and (node in copies or _compat.is_view(node)):
@@ -138,8 +107,25 @@ def _copy_behind(node: fx.Node, inside: set[fx.Node], behind: fx.Node, copies: d
     return copies[node]
 
 
+def _one_batch(view: fx.Node) -> fx.Node:
+    """A view (1, L, ...) whose unused stride is that of a buffer of its own: torch compares strides of size 1 too."""
+    value = view.meta["val"]
+    if not isinstance(value, torch.Tensor) or value.dim() < 2 or not (isinstance(value.shape[0], int) and value.shape[0] == 1):
+        return view
+    with view.graph.inserting_after(view), value.fake_mode:
+        squeezed = view.graph.call_function(torch.ops.aten.squeeze.dim, (view, 0))
+        squeezed.meta = {**view.meta, "val": value.squeeze(0)}
+    with view.graph.inserting_after(squeezed), value.fake_mode:
+        result = view.graph.call_function(torch.ops.aten.unsqueeze.default, (squeezed, 0))
+        result.meta = {**view.meta, "val": squeezed.meta["val"].unsqueeze(0)}
+    return result
+
+
 def canonical(nodes: list[fx.Node]) -> str:
-    """Hash of a part's nodes: targets, constants, wiring, and the metadata of values, inputs included."""
+    """Hash of a part's nodes: targets, constants, wiring, and the metadata of values, inputs included.
+
+    Where an input begins in its storage does not tell parts apart, so long as it begins at a multiple of 16 bytes.
+    """
     inside = {n: i for i, n in enumerate(nodes)}
     outside: dict[fx.Node, int] = {}
     used_outside = [any(user not in inside for user in n.users) for n in nodes]
@@ -149,7 +135,7 @@ def canonical(nodes: list[fx.Node]) -> str:
             return f"n{inside[node]}"
         known = node in outside
         number = outside.setdefault(node, len(outside))
-        return f"i{number}" if known else f"i{number}:{_metadata(node.meta.get('val'))}"
+        return f"i{number}" if known else f"i{number}:{_metadata(node.meta.get('val'))}{_begin(node.meta.get('val'))}"
 
     digest = hashlib.sha256()
     for node, escapes in zip(nodes, used_outside, strict=True):
@@ -166,7 +152,15 @@ class _Label(str):
 
 def _metadata(value: object) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{list(value.shape)}{list(value.stride())}{value.storage_offset()}{value.device}"
+        return f"{value.dtype}{list(value.shape)}{list(value.stride())}{value.device}"
     if isinstance(value, (tuple, list)):
         return "(" + ",".join(_metadata(v) for v in value) + ")"
     return repr(value)
+
+
+def _begin(value: object) -> object:
+    """Where a tensor begins, as far as a kernel cares: kernels of a body take its inputs for aligned, or for not."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    offset = value.storage_offset()
+    return offset * value.element_size() % 16 if isinstance(offset, int) else offset

@@ -25,8 +25,8 @@ import torch
 from torch import fx
 
 from .. import _compat
+from ..capture import block_of, repeated_blocks
 from .base import GraphPass, PassContext, PassResult
-from .outline_repeated_blocks import block_of, repeated_blocks
 
 aten = torch.ops.aten
 KEPT = "kept in 16 bit by the recipe"
@@ -65,11 +65,7 @@ class QuantizeLinear(GraphPass):
             key = (x, smooth, rotation, activation)
             with graph.inserting_before(node):
                 if key not in quantised:
-                    rows = _call(graph, node, torch.ops.quantsparse.quantize_rows.default, *key)
-                    quantised[key] = (
-                        _call(graph, node, operator.getitem, rows, 0),
-                        _call(graph, node, operator.getitem, rows, 1),
-                    )
+                    quantised[key] = self.quantize(graph, node, key, blocks)
                 xq, xs = quantised[key]
                 if wq.meta["val"].dtype == torch.uint8:
                     dtype = xq.meta["val"].dtype
@@ -83,6 +79,24 @@ class QuantizeLinear(GraphPass):
                 graph.erase_node(weight)
             result.matched += 1
         return result
+
+    def quantize(
+        self, graph: fx.Graph, node: fx.Node, key: tuple[object, ...], blocks: dict[tuple[str, str], int]
+    ) -> tuple[fx.Node, fx.Node]:
+        """Codes and scales of the rows of an input.
+
+        What all blocks read (the text) is quantised where it is made: in the first block that reads it, that block
+        had another graph than the rest.
+        """
+        x = key[0]
+        made_outside = x.op != "placeholder" and block_of(node) in blocks and block_of(x) not in blocks
+        like = x if made_outside and key[1:3] == (None, None) else node
+        with graph.inserting_after(x) if like is x else graph.inserting_before(node):
+            rows = _call(graph, like, torch.ops.quantsparse.quantize_rows.default, *key)
+        with graph.inserting_after(rows):
+            scales = _call(graph, like, operator.getitem, rows, 1)
+            codes = _call(graph, like, operator.getitem, rows, 0)
+        return codes, scales
 
 
 def why_not(node: fx.Node, context: PassContext, blocks: dict[tuple[str, str], int]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch._higher_order_ops import utils as hop_utils
@@ -45,19 +46,35 @@ def make(blocks: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     return Model(blocks).eval(), (torch.randn(1, VIDEO, WIDTH), torch.randn(1, TEXT, WIDTH))
 
 
-def test_bodies_return_whole_buffers_and_share_where_inputs_lie_alike(context) -> None:
+def test_bodies_return_whole_buffers_and_the_first_block_shares_them(context) -> None:
     model, args = make(4)
     ctx = context(model, args, recipe="off")
     result = OutlineRepeatedBlocks().run(ctx.capture.module.graph, ctx)
     module = ctx.capture.module
     _compat.finish_graph(module)
     # The first block reads buffers, the others parts of one. That the last one's text is not used makes no difference.
-    assert result.matched == 3
-    assert result.skipped == [("('blocks.0', 'Joint')", "no other block has the same graph")]
+    assert result.matched == 4 and result.skipped == []
     (body,) = {call.args[0].target for call in module.graph.nodes if "invoke_subgraph" in str(call.target)}
     (output,) = module.get_submodule(body).graph.find_nodes(op="output")
     assert [str(n.target) for n in output.args[0]] == ["aten.add.Tensor"]
     torch.testing.assert_close(module(*_inputs(ctx, model, args))[0], model(*args))
+
+
+@pytest.mark.parametrize(
+    ("batch", "video", "why"),
+    ((2, VIDEO, "strides of a part of a buffer"), (1, VIDEO - 1, "the text begins at no multiple of 16 bytes")),
+)
+def test_where_inputs_lie_otherwise_the_first_block_keeps_its_body(context, monkeypatch, batch, video, why) -> None:
+    monkeypatch.setattr(f"{__name__}.VIDEO", video)
+    monkeypatch.setattr(f"{__name__}.WIDTH", width := WIDTH + 1)
+    model = Model(3).eval()
+    args = torch.randn(batch, video, width), torch.randn(batch, TEXT, width)
+    ctx = context(model, args, recipe="off")
+    result = OutlineRepeatedBlocks().run(ctx.capture.module.graph, ctx)
+    assert result.matched == 2, why
+    assert result.skipped == [("('blocks.0', 'Joint')", "no other block has the same graph")]
+    _compat.finish_graph(ctx.capture.module)
+    torch.testing.assert_close(ctx.capture.module(*_inputs(ctx, model, args))[0], model(*args))
 
 
 def test_a_chain_of_views_and_the_split_that_it_reads_leave_together(context) -> None:
@@ -71,7 +88,7 @@ def test_a_chain_of_views_and_the_split_that_it_reads_leave_together(context) ->
     model, args = make(3)
     model.blocks = nn.ModuleList(Splitting() for _ in range(3)).eval()
     ctx = context(model, args, recipe="off")
-    assert OutlineRepeatedBlocks().run(ctx.capture.module.graph, ctx).matched == 2
+    assert OutlineRepeatedBlocks().run(ctx.capture.module.graph, ctx).matched == 3
     _compat.finish_graph(ctx.capture.module)
     for name, body in ctx.capture.module.named_children():
         if not any("cat" in op for op in targets(body.graph)):
@@ -85,7 +102,7 @@ def test_compiled_blocks_that_return_parts_of_a_buffer() -> None:
     with torch.no_grad():
         want = model(*args)
         got = torch.compile(model, backend="quantsparse", options={"recipe": "off"}, fullgraph=True)(*args)
-    assert qs.reports()[-1].passes[-1].matched == 3
+    assert qs.reports()[-1].passes[-1].matched == 4
     assert relative_error(got, want) < 1e-6
 
 
