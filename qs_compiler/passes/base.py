@@ -5,7 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,6 +188,9 @@ def describe(node: fx.Node) -> str:
 def splice(graph: fx.Graph, before: fx.Node, fn: Callable[..., Any], *args: Any) -> Any:
     """Trace `fn` on the fake values of `args` and insert the resulting ATen nodes before `before`.
 
+    A graph's repeated blocks ask for the same again and again: what was traced is kept with the graph, and copied where
+    the function, its constants and the metadata of its inputs are the same.
+
     Args:
         args: nodes (their `meta["val"]` is traced) or constants.
 
@@ -198,7 +203,11 @@ def splice(graph: fx.Graph, before: fx.Node, fn: Callable[..., Any], *args: Any)
         rest = iter(values)
         return fn(*(next(rest) if isinstance(a, fx.Node) else a for a in args))
 
-    traced = _compat.trace_fake(call, [n.meta["val"] for n in nodes])
+    known = _TRACED.setdefault(graph, {})
+    key = _key_of((fn, *args))
+    traced = known.get(key) or _compat.trace_fake(call, [n.meta["val"] for n in nodes])
+    if key is not None:
+        known[key] = traced
     mapping = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
     for attribute, value in _compat.tensor_constants(traced):
         setattr(graph.owning_module, attribute, value)
@@ -209,3 +218,25 @@ def splice(graph: fx.Graph, before: fx.Node, fn: Callable[..., Any], *args: Any)
         if old.op != "placeholder" and stack is not None:
             new.meta.setdefault("nn_module_stack", stack)
     return output
+
+
+_TRACED: weakref.WeakKeyDictionary[fx.Graph, dict[Hashable, fx.GraphModule]] = weakref.WeakKeyDictionary()
+_PLAIN = (type(None), bool, int, str, torch.dtype, torch.device, torch._ops.OpOverload)
+_CODE = (types.CodeType, types.BuiltinFunctionType)
+
+
+def _key_of(value: Any) -> Hashable:
+    """What tells a traced function, a constant or an input from another; None where that is not known."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+        layout = (*value.shape, *value.stride(), value.storage_offset())
+        return (value.dtype, value.device, layout) if all(type(n) is int for n in layout) else None
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        value = (value.__code__, value.__defaults__, value.__kwdefaults__, *cells)
+    if isinstance(value, tuple):
+        keys = tuple(_key_of(v) for v in value)
+        return None if None in keys else keys
+    if isinstance(value, float):
+        return float, repr(value)  # 0.0 and -0.0 are equal, and are not the same
+    return (type(value), value) if isinstance(value, (*_PLAIN, *_CODE)) else None

@@ -110,7 +110,8 @@ def _copy_behind(node: fx.Node, inside: set[fx.Node], behind: fx.Node, copies: d
 def _one_batch(view: fx.Node) -> fx.Node:
     """A view (1, L, ...) whose unused stride is that of a buffer of its own: torch compares strides of size 1 too."""
     value = view.meta["val"]
-    if not isinstance(value, torch.Tensor) or value.dim() < 2 or not (isinstance(value.shape[0], int) and value.shape[0] == 1):
+    batch = value.shape[0] if isinstance(value, torch.Tensor) and value.dim() > 1 else None
+    if not isinstance(batch, int) or batch != 1:  # a symbolic one is not known to be 1
         return view
     with view.graph.inserting_after(view), value.fake_mode:
         squeezed = view.graph.call_function(torch.ops.aten.squeeze.dim, (view, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import qs_compiler as qs
 from qs_compiler import _compat
@@ -91,9 +92,13 @@ def test_host_memory_changes_no_bit(fields: dict, request: pytest.FixtureRequest
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_host_memory_compiled(request: pytest.FixtureRequest) -> None:
+def test_host_memory_compiled_and_all_phases_kept_in_torchs_caches(request: pytest.FixtureRequest) -> None:
     recipe = {**RECIPE, "format": "off", "correction": "second_order", "cache_format": "int8"}
     want = denoise(recipe)
+    counters.clear()
+    again = denoise(recipe)
+    assert counters["inductor"]["fxgraph_cache_hit"] == counters["aot_autograd"]["autograd_cache_hit"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(again, want, strict=True))
     request.getfixturevalue("on_host")
     got = denoise(recipe)
     report = qs.reports()[-1]

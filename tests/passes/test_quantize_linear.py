@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qs_compiler.capture import block_of
 from qs_compiler.options import Recipe
 from qs_compiler.packed_linear import PackedLinear
+from qs_compiler.passes.outline_repeated_blocks import OutlineRepeatedBlocks
 from qs_compiler.passes.quantize_linear import QuantizeLinear
 from tests.passes.conftest import targets
 from tests.tolerances import relative_error
@@ -59,6 +61,51 @@ def test_attached_form_with_smoothing_and_int4(context) -> None:
     quantise = next(n for n in graph.nodes if str(n.target) == "quantsparse.quantize_rows.default")
     assert quantise.args[1].op == "placeholder" and quantise.args[3] == "int8"
     ctx.capture.module.recompile()
+
+
+class Reader(nn.Module):
+    """Reads the text in each block, as cross-attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.text = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return x + self.own(x) * self.text(text).mean(1, keepdim=True)
+
+
+class Readers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Reader() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        text = text * 2
+        for block in self.blocks:
+            x = block(x, text)
+        return x
+
+
+def test_what_all_blocks_read_is_quantised_before_the_first(context) -> None:
+    ctx = context(Readers(), (X, torch.randn(1, 16, 32)))
+    graph = ctx.capture.module.graph
+    QuantizeLinear().run(graph, ctx)
+    rows = [n for n in graph.nodes if str(n.target) == "quantsparse.quantize_rows.default"]
+    assert [block_of(n) for n in rows] == [None, *((f"blocks.{i}", "Reader") for i in range(3))]
+    assert str(rows[0].args[0].target) == "aten.mul.Tensor"
+    assert OutlineRepeatedBlocks().run(graph, ctx).matched == 3, "the first block has the graph of the others"
+
+
+def test_rows_that_a_layer_smooths_stay_in_its_block(context) -> None:
+    model, recipe = Readers(), Recipe.parse("w8a8")
+    for block in model.blocks:
+        for name in ("own", "text"):
+            smooth = torch.rand(32) + 0.5
+            setattr(block, name, PackedLinear.from_linear(getattr(block, name), recipe, smooth=smooth))
+    ctx = context(model, (X, torch.randn(1, 16, 32)), attached=True)
+    QuantizeLinear().run(ctx.capture.module.graph, ctx)
+    rows = [n for n in ctx.capture.module.graph.nodes if str(n.target) == "quantsparse.quantize_rows.default"]
+    assert [block_of(n)[0] for n in rows] == [f"blocks.{i}" for i in range(3) for _ in range(2)]
 
 
 def test_numerics_of_both_forms() -> None:
