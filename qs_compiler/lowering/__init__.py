@@ -40,4 +40,5 @@ def source_files() -> list[str]:
     """Every file on which the code generated for our ops depends, for the key of the compile caches."""
     here = Path(__file__).parent
     found = [*here.rglob("*.py"), *here.rglob("*.jinja"), *(here.parent / "ops").glob("*.py")]
+    found += [here.parent / "_compat.py"]
     return sorted(str(path) for path in found)

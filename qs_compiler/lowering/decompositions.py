@@ -17,9 +17,20 @@ from .._compat import select_decomp_table
 aten = torch.ops.aten
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
+class Table(dict[Any, Callable[..., Any]]):
+    """A table that torch's compile caches can tell from another.
+
+    From 2.13 on they pickle it into their keys, and some of Inductor's entries cannot be pickled: nothing would be kept.
+    What is in it follows from torch's version and this file, which are in the keys already.
+    """
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return decompositions, ()
+
+
+def decompositions() -> Table:
     """Op overload -> its decomposition."""
-    table = dict(select_decomp_table())
+    table = Table(select_decomp_table())
     table.pop(aten.gelu.default, None)
     inherited = table[aten.native_layer_norm.default]
 
