@@ -233,6 +233,7 @@ def measure_ours(recipe: qs.Recipe, args: argparse.Namespace) -> dict:
     row["compile_seconds"] = qs.reports()[-1].compile_seconds
     parts = zip(*compile_times(repr="csv", aggregate=True), strict=True)  # torch's own account; the parts overlap
     row["compile_parts"] = {part: round(float(spent), 1) for part, spent in parts if float(spent) >= 1}
+    print(" ", {name: value for name, value in row.items() if "call" in name or "compile" in name}, flush=True)
     if args.first_call:
         return row
     if recipe.density < 1:

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 class Table(dict[Any, Callable[..., Any]]):
     """A table that torch's compile caches can tell from another.
 
-    From 2.13 on they pickle it into their keys, and some of Inductor's entries cannot be pickled: nothing would be kept.
+    From 2.13 on they pickle it into their keys, and some of Inductor's entries cannot be pickled: nothing was kept.
     What is in it follows from torch's version and this file, which are in the keys already.
     """
 
