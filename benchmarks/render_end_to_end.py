@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from full_models import CLASSES
+from full_models import CLASSES, MODELS
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
@@ -62,21 +62,29 @@ def share(part: dict[str, Any], kind: str) -> float:
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """A bar for each phase of each row, split by kind of kernel."""
-    bars = [
-        (f"{row['model']}, {row['layers'] or 'all'} blocks: {row['name']}, {phase}", part)
-        for row in rows
-        for phase, part in row["breakdown"].items()
-    ]
-    figure = Figure(figsize=(10, 1.5 + 0.35 * len(bars)), layout="constrained")
+    """A bar for each phase of each row of a whole model, split by kind of kernel, under the row's name."""
+    rows = sorted((row for row in rows if not row["layers"]), key=lambda row: list(MODELS).index(row["model"]))
+    bars = [(row, phase) for row in rows for phase in row["breakdown"]]
+    heights, y = [], 0.0
+    for i, (row, _) in enumerate(bars):
+        y += 1.0 if i and bars[i - 1][0] is row else 1.9  # room for a name
+        heights.append(y)
+    figure = Figure(figsize=(10, 1.2 + 0.22 * y), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(bars)
     for kind in KINDS:
-        widths = [100 * share(part, kind) for _, part in bars]
-        axes.barh([name for name, _ in bars], widths, left=left, label=kind)
+        widths = [100 * share(row["breakdown"][phase], kind) for row, phase in bars]
+        axes.barh(heights, widths, left=left, label=kind)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.invert_yaxis()
+    for row in rows:
+        top = next(y for y, (other, _) in zip(heights, bars, strict=True) if other is row)
+        axes.text(0, top - 0.55, f"{row['model']}: {row['name']}", va="bottom", fontsize="small")
+    seconds = [f"{phase} {row['ms'][phase] / 1e3:.3g} s" for row, phase in bars]
+    axes.set_yticks(heights, seconds, fontsize="small")
+    axes.set_ylim(y + 0.8, 0)
+    axes.set_xlim(0, 100)
     axes.set_xlabel("percent of the step")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(ncols=4, loc="outside upper center", fontsize="small", frameon=False)
     figure.savefig(PICTURE, dpi=120)
 
