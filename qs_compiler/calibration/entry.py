@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,18 @@ from ..errors import OptionError, UnsupportedError
 from ..options import Recipe
 from ..packed_linear import PackedLinear
 from ..pipeline import EXPERTS, hear_steps, plan_layers
+from ..runtime.gains import DEFAULT_GAIN
 from ..runtime.tracker import modules_of
 from .blockwise import Calibration
 from .progress import show_progress
 from .residual_gains import GainFit, fits_gains
 from .samples import Sample, caught_samples, given_samples
 from .settings import Settings
+
+UNFITTED = (
+    f"the gains of the correction 'mixture' were not fitted, since nothing said which denoising step a forward is: "
+    f"every head gets {DEFAULT_GAIN}. Calibrate a pipeline, or give run=..., a loop that uses qs_compiler.denoising."
+)
 
 
 def calibrate(
@@ -94,6 +101,8 @@ def calibrate(
                 found[name] = work.run(shown, include_rest)
             if name in fits:
                 found[name].gains = fits[name].gains()
+                if not fits[name].announced:
+                    warnings.warn(UNFITTED, stacklevel=2)
     return found if len(found) > 1 else found[EXPERTS[0]]
 
 

@@ -51,11 +51,15 @@ class GainFit(AttentionListener):
     Args:
         model: in full precision, not compiled.
         recipe: its density, mask blocks, interval and warm-up are those of the run to come.
+
+    Attributes:
+        announced: whether an attention ran in an announced step: from others nothing can be learned.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.recipe, self._model = recipe, model
+        self.announced = False
         self._schedule = Schedule.of(recipe)
         self._tracker = track(model)
         self._path: list[str] = []  # of the modules that are running, the innermost last
@@ -99,6 +103,7 @@ class GainFit(AttentionListener):
         signal = self._tracker.signal if self._path else None
         if signal is None:
             return
+        self.announced = True
         query, key = call.query, call.key
         name, block = self._path[-1], self.recipe.block_size
         step = self._schedule.refresh_step(signal.step, signal.num_steps)

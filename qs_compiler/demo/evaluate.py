@@ -210,7 +210,8 @@ def _compressed(evaluation: Evaluation, recipe: Recipe, text: CaptionEncoder) ->
     artifact = None
     if evaluation.calibration_forwards and recipe.weight_format is not None:
         data = calibration_set(text, evaluation.setting, evaluation.dtype, evaluation.calibration_forwards)
-        artifact = calibrate(model, data, recipe=recipe)
+        # Weights alone: single forwards have no denoising steps, on which gains could be fitted.
+        artifact = calibrate(model, data, recipe=dataclasses.replace(recipe, density=1.0))
     attach(model, artifact, recipe=recipe)
     return model
 

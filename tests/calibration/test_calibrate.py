@@ -181,6 +181,14 @@ def test_the_artifact_attaches():
     assert any(type(m).__name__ == "PackedLinear" for m in model.modules())
 
 
+def test_gains_that_could_not_be_fitted_are_told():
+    sparse = {**RECIPE, "density": 0.5, "block_size": 64}
+    with pytest.warns(UserWarning, match="every head gets 0.25. Calibrate a pipeline, or give run=..., a loop"):
+        artifact = calibrate(make_model(blocks=1), make_forwards(1), recipe=sparse)
+    assert artifact.gains == {}
+    calibrate(make_model(blocks=1), make_forwards(1), recipe={**sparse, "correction": "first_order"})  # has none to fit
+
+
 def test_a_loop_of_ones_own_is_run_once_without_gradients():
     model, runs = make_model(), []
 

@@ -15,7 +15,7 @@ from .models import make_forwards, make_model
 from .test_attention_maps import Live
 
 SIZE, LENGTH, COUNT = 64, 300, 5  # tokens a block, tokens, blocks; the last one is shorter
-SPARSE = {"format": "w4a8", "group_size": 32, "density": 0.4, "block_size": SIZE}
+SPARSE = {"format": "w4a8", "group_size": 32, "density": 0.4, "block_size": SIZE, "correction": "first_order"}
 FAST = {"epochs": 10, "lr_transform": 2e-2, "lr_range": 0.2, "lambda_global": 0, "lambda_local": 0}
 
 
