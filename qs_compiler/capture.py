@@ -90,7 +90,8 @@ def lay_tokens_out(graph: fx.Graph) -> None:
     Before:  tokens = conv.flatten(2).transpose(1, 2)               # the channels of a token do not lie together
     After:   tokens = conv.flatten(2).transpose(1, 2).contiguous()
 
-    Every block hands on the strides that it got: each norm would gather its rows, and each epilogue scatter them.
+    Every block hands on the strides that it got: each norm would gather its rows, and each epilogue scatter them. Tokens
+    are left alone where something else reads the same storage, which a block might write into.
     """
     blocks = repeated_blocks(graph)
     first: dict[str, tuple[str, str]] = {}
@@ -103,11 +104,30 @@ def lay_tokens_out(graph: fx.Graph) -> None:
             value = tokens.meta.get("example_value")
             if tokens.op == "placeholder" or block_of(tokens) == block or not isinstance(value, torch.Tensor):
                 continue
-            if value.is_floating_point() and value.dim() > 2 and _compat.static_hint(value.stride(-1)) != 1:
+            apart = value.is_floating_point() and value.dim() > 2 and _compat.static_hint(value.stride(-1)) != 1
+            if apart and _sole_reader(tokens):
                 with graph.inserting_after(tokens):
                     copy = graph.call_method("contiguous", (tokens,))
                 copy.meta = {k: v for k, v in tokens.meta.items() if k != "example_value"}
                 tokens.replace_all_uses_with(copy, lambda user: user is not copy)  # noqa: B023
+
+
+def _sole_reader(view: fx.Node) -> bool:
+    """Whether nothing but `view` and what is computed from it sees the storage of its value, callers included."""
+    storage = view.meta["example_value"].untyped_storage()._cdata
+    source = view
+    while True:
+        parents = [n for n in source.all_input_nodes if _storage_of(n) == storage]
+        if not parents:
+            return source.op != "placeholder"
+        source = parents[0]
+        if len(parents) > 1 or len(source.users) > 1:
+            return False
+
+
+def _storage_of(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:

@@ -53,6 +53,40 @@ def test_blocks_read_and_write_whole_tokens(context, contiguous) -> None:
     assert OutlineRepeatedBlocks().run(graph, ctx).matched == 3
 
 
+class InPlace(Patches):
+    """The last use reads the convolution's output, into which the blocks have written."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = self.embed(x)
+        tokens = patches.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens += block(tokens)
+        return patches
+
+
+class OfTheCaller(Patches):
+    """Tokens that are a view of what the caller gave."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens += block(tokens)
+        return tokens.sum()
+
+
+@pytest.mark.parametrize("kind", (InPlace, OfTheCaller))
+def test_a_storage_that_others_read_is_left_alone(context, kind) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    x = X if kind is InPlace else torch.randn(1, CHANNELS, *GRID)
+    ctx = context(model, (x,), recipe="off")
+    assert "aten.contiguous.default" not in targets(ctx.capture.module.graph)
+    with torch.no_grad():
+        ours, eagers = x.clone(), x.clone()
+        got = torch.compile(model, backend="quantsparse", options={"recipe": "off"}, fullgraph=True)(ours)
+        assert relative_error(got, model(eagers)) < 1e-6 and torch.allclose(ours, eagers, atol=1e-5)
+
+
 def test_a_call_keeps_its_values() -> None:
     torch.manual_seed(0)
     model = Patches().eval()
