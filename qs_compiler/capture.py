@@ -90,7 +90,7 @@ def lay_tokens_out(graph: fx.Graph) -> None:
     Before:  tokens = conv.flatten(2).transpose(1, 2)               # the channels of a token do not lie together
     After:   tokens = conv.flatten(2).transpose(1, 2).contiguous()
 
-    Every block hands on the strides that it got: each norm would gather its rows, and each epilogue scatter them. Tokens
+    Every block hands on the strides that it got: each norm would gather its rows and each epilogue scatter them. Tokens
     are left alone where something else reads the same storage, which a block might write into.
     """
     blocks = repeated_blocks(graph)
