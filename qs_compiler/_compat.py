@@ -276,6 +276,11 @@ def from_fake(value: Any, fake_mode: FakeTensorMode) -> Any:
         return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
 
 
+def storage_of(value: Any) -> int | None:
+    """What tells the storage of a tensor from others; None for anything else."""
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
 def is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
 
@@ -364,7 +369,6 @@ def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int,
                 node.replace_all_uses_with(item, lambda user: user not in inside)  # noqa: B023
         for node in reversed(nodes):
             graph.erase_node(node)
-    module.recompile()
 
 
 def _body(

@@ -114,20 +114,14 @@ def lay_tokens_out(graph: fx.Graph) -> None:
 
 def _sole_reader(view: fx.Node) -> bool:
     """Whether nothing but `view` and what is computed from it sees the storage of its value, callers included."""
-    storage = view.meta["example_value"].untyped_storage()._cdata
-    source = view
+    storage, source = _compat.storage_of(view.meta["example_value"]), view
     while True:
-        parents = [n for n in source.all_input_nodes if _storage_of(n) == storage]
+        parents = [n for n in source.all_input_nodes if _compat.storage_of(n.meta.get("example_value")) == storage]
         if not parents:
             return source.op != "placeholder"
         source = parents[0]
         if len(parents) > 1 or len(source.users) > 1:
             return False
-
-
-def _storage_of(node: fx.Node) -> int | None:
-    value = node.meta.get("example_value")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:

@@ -25,7 +25,7 @@ from .samples import Sample, caught_samples, given_samples
 from .settings import Settings
 
 UNFITTED = (
-    f"the gains of the correction 'mixture' were not fitted, since nothing said which denoising step a forward is: "
+    "the gains of the correction 'mixture' were not fitted, since nothing said which denoising step a forward is: "
     f"every head gets {DEFAULT_GAIN}. Calibrate a pipeline, or give run=..., a loop that uses qs_compiler.denoising."
 )
 

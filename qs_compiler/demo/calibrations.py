@@ -26,6 +26,7 @@ from ..options import Recipe
 from ..packing import PackedWeight
 from .calibration_set import calibration_set
 from .model import load_model
+from .text import CaptionEncoder
 from .trace import Setting
 
 SHIPPED = Path(__file__).parent / "calibrated"
@@ -52,12 +53,33 @@ def _linear(packed: PackedWeight, bias: torch.Tensor | None, x: torch.Tensor) ->
     return packed_forward(packed, x, bias)
 
 
+def calibrate_weights(
+    model: nn.Module,
+    text: CaptionEncoder,
+    setting: Setting,
+    dtype: torch.dtype,
+    recipe: Recipe,
+    forwards: int,
+    work: Path | None = None,
+) -> Artifact:
+    """Calibrate on so many forwards of the calibration set.
+
+    Weights alone, whatever the recipe's density: single forwards have no denoising steps, on which gains could be
+    fitted.
+
+    Args:
+        setting, dtype: see `calibration_set`.
+        work: keeps finished blocks, to go on after a kill.
+    """
+    data = calibration_set(text, setting, dtype, forwards)
+    return calibrate(model, data, recipe=dataclasses.replace(recipe, density=1.0), output_dir=work)
+
+
 def ship(folder: Path, forwards: int, device: torch.device, work: Path | None = None) -> Artifact:
     """Calibrate the bundled model and save the artifact; `work` keeps finished blocks, to go on after a kill."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model, text = load_model(device, dtype)
-    recipe = dataclasses.replace(Recipe(), format="w4a8", density=1.0)
-    artifact = calibrate(model, calibration_set(text, Setting(20), dtype, forwards), recipe=recipe, output_dir=work)
+    artifact = calibrate_weights(model, text, Setting(20), dtype, Recipe(format="w4a8"), forwards, work)
     artifact.metrics["forwards"] = forwards
     artifact.save(folder)
     return artifact

@@ -24,11 +24,10 @@ from torch import nn
 
 from .. import _compat
 from ..artifact import package_versions
-from ..calibration import calibrate
 from ..errors import ArtifactError
 from ..options import Recipe
 from ..pipeline import attach
-from .calibration_set import calibration_set
+from .calibrations import calibrate_weights
 from .captions import Caption
 from .check import accuracy
 from .data import draw_scenes
@@ -209,9 +208,9 @@ def _compressed(evaluation: Evaluation, recipe: Recipe, text: CaptionEncoder) ->
     model, _ = load_model(evaluation.device, evaluation.dtype, evaluation.weights)
     artifact = None
     if evaluation.calibration_forwards and recipe.weight_format is not None:
-        data = calibration_set(text, evaluation.setting, evaluation.dtype, evaluation.calibration_forwards)
-        # Weights alone: single forwards have no denoising steps, on which gains could be fitted.
-        artifact = calibrate(model, data, recipe=dataclasses.replace(recipe, density=1.0))
+        artifact = calibrate_weights(
+            model, text, evaluation.setting, evaluation.dtype, recipe, evaluation.calibration_forwards
+        )
     attach(model, artifact, recipe=recipe)
     return model
 

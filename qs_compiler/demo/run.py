@@ -21,14 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..artifact import Artifact, package_versions
-from ..calibration import calibrate
 from ..dump import Report, reports
 from ..options import Recipe
 from ..packing import pack_weight
 from ..pipeline import attach, plan_layers
 from ..runtime.schedule import Schedule
-from .calibration_set import calibration_set, unseen_set
-from .calibrations import SHIPPED, forward_error
+from .calibration_set import unseen_set
+from .calibrations import SHIPPED, calibrate_weights, forward_error
 from .captions import EXAMPLE, Caption
 from .metrics import Likeness, compare, weight_bytes
 from .model import WEIGHTS, load_model
@@ -183,9 +182,9 @@ def run_demo(demo: Demo, console: Console) -> Outcome:
         artifact, errors = None, {}
         if demo.calibrated and demo.recipe.weight_format is not None:
             with stages.timed("calibrate"):
-                data = calibration_set(text, demo.setting, demo.dtype, CALIBRATION_FORWARDS)
-                # Weights alone: single forwards have no denoising steps, on which gains could be fitted.
-                artifact = calibrate(transformer, data, recipe=dataclasses.replace(demo.recipe, density=1.0))
+                artifact = calibrate_weights(
+                    transformer, text, demo.setting, demo.dtype, demo.recipe, CALIBRATION_FORWARDS
+                )
             with stages.timed("compare calibrations"):
                 errors = _forward_errors(demo, transformer, text, artifact)
         first = len(reports())

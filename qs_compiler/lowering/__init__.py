@@ -39,6 +39,6 @@ def register_lowerings() -> None:
 def source_files() -> list[str]:
     """Every file on which the code generated for our ops depends, for the key of the compile caches."""
     here = Path(__file__).parent
-    found = [*here.rglob("*.py"), *here.rglob("*.jinja"), *(here.parent / "ops").glob("*.py")]
-    found += [here.parent / "_compat.py"]
+    package = here.parent
+    found = [*here.rglob("*.py"), *here.rglob("*.jinja"), *(package / "ops").glob("*.py"), package / "_compat.py"]
     return sorted(str(path) for path in found)

@@ -162,7 +162,7 @@ def run_passes(context: PassContext, dump: GraphDump) -> list[PassReport]:
         start = time.perf_counter()
         try:
             result = one.run(module.graph, context)
-            module = context.capture.module  # outlining replaces the module
+            module = context.capture.module  # a pass may put another in its place
             module.graph.lint()
         except QuantSparseError:
             dump.write(f"{prefix}.before.py", before)

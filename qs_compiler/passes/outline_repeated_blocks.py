@@ -27,6 +27,7 @@ from torch import fx
 from .. import _compat
 from ..capture import block_of, repeated_blocks
 from .base import GraphPass, PassContext, PassResult
+from .quantize_linear import _call
 
 
 class OutlineRepeatedBlocks(GraphPass):
@@ -113,13 +114,9 @@ def _one_batch(view: fx.Node) -> fx.Node:
     batch = value.shape[0] if isinstance(value, torch.Tensor) and value.dim() > 1 else None
     if not isinstance(batch, int) or batch != 1:  # a symbolic one is not known to be 1
         return view
-    with view.graph.inserting_after(view), value.fake_mode:
-        squeezed = view.graph.call_function(torch.ops.aten.squeeze.dim, (view, 0))
-        squeezed.meta = {**view.meta, "val": value.squeeze(0)}
-    with view.graph.inserting_after(squeezed), value.fake_mode:
-        result = view.graph.call_function(torch.ops.aten.unsqueeze.default, (squeezed, 0))
-        result.meta = {**view.meta, "val": squeezed.meta["val"].unsqueeze(0)}
-    return result
+    with view.graph.inserting_before(view.next):
+        squeezed = _call(view.graph, view, torch.ops.aten.squeeze.dim, view, 0)
+        return _call(view.graph, view, torch.ops.aten.unsqueeze.default, squeezed, 0)
 
 
 def canonical(nodes: list[fx.Node]) -> str:
@@ -134,9 +131,9 @@ def canonical(nodes: list[fx.Node]) -> str:
     def label(node: fx.Node) -> str:
         if node in inside:
             return f"n{inside[node]}"
-        known = node in outside
+        known, value = node in outside, node.meta.get("val")
         number = outside.setdefault(node, len(outside))
-        return f"i{number}" if known else f"i{number}:{_metadata(node.meta.get('val'))}{_begin(node.meta.get('val'))}"
+        return f"i{number}" if known else f"i{number}:{_metadata(value)}{_begin(value)}"
 
     digest = hashlib.sha256()
     for node, escapes in zip(nodes, used_outside, strict=True):

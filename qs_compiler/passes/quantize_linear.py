@@ -88,15 +88,13 @@ class QuantizeLinear(GraphPass):
         What all blocks read (the text) is quantised where it is made: in the first block that reads it, that block
         had another graph than the rest.
         """
-        x = key[0]
+        x, smooth, rotation, _ = key
         made_outside = x.op != "placeholder" and block_of(node) in blocks and block_of(x) not in blocks
-        like = x if made_outside and key[1:3] == (None, None) else node
-        with graph.inserting_after(x) if like is x else graph.inserting_before(node):
+        for_all = made_outside and smooth is None and rotation is None
+        like, place = (x, x.next) if for_all else (node, node)
+        with graph.inserting_before(place):
             rows = _call(graph, like, torch.ops.quantsparse.quantize_rows.default, *key)
-        with graph.inserting_after(rows):
-            scales = _call(graph, like, operator.getitem, rows, 1)
-            codes = _call(graph, like, operator.getitem, rows, 0)
-        return codes, scales
+            return _call(graph, like, operator.getitem, rows, 0), _call(graph, like, operator.getitem, rows, 1)
 
 
 def why_not(node: fx.Node, context: PassContext, blocks: dict[tuple[str, str], int]) -> str | None:
