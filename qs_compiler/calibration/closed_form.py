@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedError
+from ..ops.formats import FORMATS
 from ..options import Recipe
 from ..packing import PackedWeight
 from .gptq import InputStatistics, gptq
@@ -26,17 +27,28 @@ from .transforms import Transform, hadamard
 from .walk import Walk, stops_at, walking
 from .weight_grid import GridForm, WeightGrid, search_grid
 
+FORWARD_ROWS = 16384
 SEARCH_ROWS = 2048  # of all samples together: what the search for a smoothing scale reads
 
 
 def packed_forward(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """What a packed linear computes when compiled: x (..., K) -> (..., N) in x's dtype, input quantised per row."""
+    """What a packed linear computes when compiled: x (..., K) -> (..., N) in x's dtype, input quantised per row.
+
+    FORWARD_ROWS rows at a time: the references of the ops hold several float32 copies of what they are given.
+    """
     if packed.activation == "none":
         return F.linear(x, packed.dequantize(x.dtype), bias)
     ops = torch.ops.quantsparse
-    xq, xs = ops.quantize_rows(x, packed.smooth, packed.rotation, packed.activation)
-    wq = packed.wq if packed.multipliers is None else ops.expand_w4(packed.wq, packed.multipliers, xq.dtype)
-    return ops.linear(xq, xs, wq, packed.ws, bias, x.dtype)
+    wq = packed.wq
+    if packed.multipliers is not None:
+        wq = ops.expand_w4(wq, packed.multipliers, FORMATS[packed.activation].dtype)
+    y = x.new_empty(*x.shape[:-1], len(wq))
+    flat = y.view(-1, len(wq))
+    for i, rows in enumerate(x.reshape(-1, x.shape[-1]).split(FORWARD_ROWS)):
+        xq, xs = ops.quantize_rows(rows, packed.smooth, packed.rotation, packed.activation)
+        start = i * FORWARD_ROWS
+        flat[start : start + len(rows)] = ops.linear(xq, xs, wq, packed.ws, bias, x.dtype)
+    return y
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,25 +152,43 @@ def _one_at_a_time(
     settings: Settings,
     found: Compressed,
 ) -> None:
-    """Every sample is run anew up to each group of linears: several forwards, the memory of one."""
+    """Every sample is run anew for each stage of linears: several forwards, the memory of one.
+
+    In the run for a stage the linears that are still to come return NaN, which must not reach the stage.
+    """
     linears = {name: linear for linear, name in names.items()}
 
-    def run(sample: Sample, until: str | None) -> Any:
-        """Rows of what the linear `until` reads; None: the output of the block."""
+    def run(sample: Sample, firsts: list[str]) -> tuple[dict[str, torch.Tensor], Any]:
+        """Rows of what the linears `firsts` read, and where there are none the output of the block."""
+        rows: dict[str, torch.Tensor] = {}
         walk = walk_block(block, sample, names)
         with walking([walk]):
             call = walk.advance()
-            while call is not None and names[call.module] != until:
-                if names[call.module] not in found.packed:
-                    raise UnsupportedError("the forwards of calibration call a block's linears in unlike order.")
-                packed = found.packed[names[call.module]]
-                call = walk.advance(packed_forward(packed, input_of(call), call.module.bias))
-            return walk.result if call is None else some_rows(input_of(call), settings.rows)
+            while call is not None:
+                name, x = names[call.module], input_of(call)
+                if name in firsts:
+                    rows[name] = some_rows(x, settings.rows)
+                    if len(rows) == len(firsts):
+                        break
+                if name in found.packed:
+                    y = packed_forward(found.packed[name], x, call.module.bias)
+                else:
+                    y = x.new_full((*x.shape[:-1], call.module.out_features), torch.nan)
+                call = walk.advance(y)
+            return rows, walk.result
 
-    for group in record.groups:
-        rows = [run(sample, group[0]) for sample in samples]
-        _compress_group({n: linears[n] for n in group}, recipes, rows, record, settings, found)
-    found.outputs = [run(sample, None) for sample in samples]
+    for stage in record.stages:
+        firsts = [group[0] for group in stage]
+        rows = [run(sample, firsts)[0] for sample in samples]
+        if any(list(own) != firsts or any(x.isnan().any() for x in own.values()) for own in rows):
+            raise UnsupportedError(
+                "the forwards of calibration call a block's linears in unlike order, or NaN reaches them. "
+                "Calibrate with in_flight=None."
+            )
+        for group in stage:
+            quantized = [own[group[0]] for own in rows]
+            _compress_group({n: linears[n] for n in group}, recipes, quantized, record, settings, found)
+    found.outputs = [run(sample, [])[1] for sample in samples]
 
 
 def _compress_group(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..passes.quantize_linear import SMALL_ROWS
+from .linear_order import Ancestry, stages
 from .walk import Call
 
 
@@ -19,13 +21,19 @@ class InputRecord:
 
     Attributes:
         rows: linear -> for each sample some rows of its input, (M, K); always the same positions of inputs alike.
-        groups: linears that read one and the same tensor, in the order of their calls.
+        stages: groups of linears that read one and the same tensor, in the order of their calls, sorted into stages
+            whose groups do not depend on one another.
         few_rows: linears that read one row a clip (time or modulation) instead of tokens.
     """
 
     rows: dict[str, list[torch.Tensor]]
-    groups: list[list[str]]
+    stages: list[list[list[str]]]
     few_rows: set[str]
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The groups of all stages."""
+        return [group for stage in self.stages for group in stage]
 
 
 def some_rows(x: torch.Tensor, most: int) -> torch.Tensor:
@@ -45,8 +53,9 @@ class InputRecorder:
     def __init__(self, linears: Mapping[str, nn.Linear], rows: int) -> None:
         self.record = InputRecord({}, [], set())
         self._linears, self._rows = linears, rows
-        self._handles: list[Any] = []
+        self._open = contextlib.ExitStack()
         self._readers: dict[int, tuple[torch.Tensor, list[str]]] = {}
+        self._ancestry, self._ancestors = Ancestry(), {}
 
     def __enter__(self) -> InputRecorder:
         for name, linear in self._linears.items():
@@ -54,18 +63,23 @@ class InputRecorder:
             def read(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 self._read(name, args[0] if args else kwargs["input"])
 
-            self._handles.append(linear.register_forward_pre_hook(read, with_kwargs=True))
+            def announce(_: nn.Module, args: Any, output: torch.Tensor, name: str = name) -> None:
+                self._ancestry.announce(name, output)
+
+            self._open.callback(linear.register_forward_pre_hook(read, with_kwargs=True).remove)
+            self._open.callback(linear.register_forward_hook(announce).remove)
+        if not self.record.stages:  # one forward says it for all
+            self._open.enter_context(self._ancestry)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if not self.record.groups:
-            self.record.groups = [names for _, names in self._readers.values()]
+        self._open.close()
+        if not self.record.stages:
+            self.record.stages = stages([names for _, names in self._readers.values()], self._ancestors)
         self._readers.clear()
 
     def _read(self, name: str, x: torch.Tensor) -> None:
+        self._ancestors.setdefault(name, self._ancestry.of(x))
         # The tensor is held, so that no later one can take its address.
         _, names = self._readers.setdefault(id(x), (x, []))
         if name in names or any(name in others for _, others in self._readers.values()):
