@@ -167,7 +167,7 @@ class Calibration:
             found.packed, measured["losses_rounding"] = learn_rounding(distiller, linears, found)
             found.outputs = self._run_packed(block, found.packed, inputs)
         found.packed, found.outputs = moved(found.packed, self.home), self._at_home(found.outputs)
-        measured["error"] = relative_error(found.outputs, [t.output for t in targets])
+        measured["error"] = relative_error(found.outputs, [t.output for t in targets], self.device)
         return found, measured
 
     def _run_packed(self, block: nn.Module, layers: Mapping[str, PackedWeight], inputs: list[Sample]) -> list[Any]:
@@ -200,13 +200,14 @@ class Calibration:
         return pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.home), values)
 
 
-def relative_error(outputs: list[Any], targets: list[Any]) -> float:
-    """||outputs - targets|| / ||targets|| over all float tensors of all samples."""
+def relative_error(outputs: list[Any], targets: list[Any], device: torch.device | None = None) -> float:
+    """||outputs - targets|| / ||targets|| over all float tensors of all samples, computed on `device`."""
     miss = power = 0.0
     for output, target in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(targets), strict=True):
         if isinstance(target, torch.Tensor) and target.is_floating_point():
-            miss += float((output.float() - target.float()).square().sum(dtype=torch.float64))
-            power += float(target.float().square().sum(dtype=torch.float64))
+            output, target = (x.to(device or x.device).float() for x in (output, target))
+            miss += float((output - target).square().sum(dtype=torch.float64))
+            power += float(target.square().sum(dtype=torch.float64))
     return (miss / max(power, 1e-300)) ** 0.5
 
 
@@ -222,5 +223,3 @@ def _blocks(model: nn.Module, plan: Mapping[str, Recipe]) -> dict[nn.Module, str
 
 def _within(name: str, block: str) -> bool:
     return not block or name.startswith(f"{block}.")
-
-

@@ -166,7 +166,7 @@ def _one_at_a_time(
             call = walk.advance()
             while call is not None:
                 name, x = names[call.module], input_of(call)
-                if name in firsts:
+                if name in firsts and name not in rows:  # one that is called twice counts with its first input
                     rows[name] = some_rows(x, settings.rows)
                     if len(rows) == len(firsts):
                         break

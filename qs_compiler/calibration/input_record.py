@@ -75,7 +75,7 @@ class InputRecorder:
     def __exit__(self, *_: object) -> None:
         self._open.close()
         if not self.record.stages:
-            self.record.stages = stages([names for _, names in self._readers.values()], self._ancestors)
+            self.record.stages = stages([names for _, names in self._readers.values() if names], self._ancestors)
         self._readers.clear()
 
     def _read(self, name: str, x: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ class Settings:
         device: where a block is computed, for instance "cuda" for a model that lies in host memory: one block and one
             sample at a time are moved there. None: where the model lies.
         in_flight: samples that may be run side by side within a block; more than so many are run one at a time, which
-            takes less memory and several times the time. None: all.
+            takes less memory and more time: a forward for each stage of linears that depend on one another. None: all.
         rows: rows (tokens) of each linear's input, from each sample, that statistics are taken from.
         smoothing: `search` for the best scale of each input, or `none`.
         rotation: size of a block-diagonal Hadamard rotation (a power of two) of inputs whose channels it divides, or

@@ -24,7 +24,7 @@ def integer_product(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
     """(M, K) int8 times (N, K) int8 transposed -> (M, N) int32, exact.
 
     float32 products over slices of EXACT_DEPTH, added as int32: on a CPU an order of magnitude faster than an integer
-    product, and faster than one float64 product. On a CUDA device cuBLAS's integer product, for the sizes that it takes.
+    product, and faster than one float64 product. On a CUDA device it is cuBLAS's, where that takes the sizes.
     """
     if xq.is_cuda and len(xq) > 16 and all(n and n % 8 == 0 for n in wq.shape):
         return torch._int_mm(xq.contiguous(), wq.contiguous().t())
