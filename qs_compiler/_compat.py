@@ -165,10 +165,19 @@ def cpp_wrapper_active() -> bool:
 # --- graphs: tracing, copying, naming -------------------------------------------------------------------------------
 
 
-def retrace_dynamo(module: fx.GraphModule, prepare: Callable[[fx.Graph], None]) -> fx.GraphModule:
+Trace = Callable[[fx.GraphModule, Sequence[Any]], fx.GraphModule]
+
+
+def retrace_dynamo(
+    module: fx.GraphModule,
+    prepare: Callable[[fx.Graph], None],
+    by_parts: Callable[[fx.GraphModule, Trace], fx.GraphModule | None],
+) -> fx.GraphModule:
     """Dynamo's torch-level graph as flat pre-dispatch ATen, with the placeholders' Dynamo identity kept.
 
-    `prepare` edits a copy of Dynamo's graph before it is traced.
+    Args:
+        prepare: edits a copy of Dynamo's graph before it is traced.
+        by_parts: traces that copy by calls of `trace(part, values)`, or returns None: it is traced as a whole then.
     """
     placeholders = module.graph.find_nodes(op="placeholder")
     values = [p.meta["example_value"] for p in placeholders]
@@ -178,11 +187,14 @@ def retrace_dynamo(module: fx.GraphModule, prepare: Callable[[fx.Graph], None]) 
         # x.data escapes the tracer, which would bake a fake tensor into the graph; detach() is traced.
         node.target = torch.ops.aten.detach.default
     prepare(source.graph)
-    source.recompile()
+
+    def trace(part: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
+        return make_fx(fx.Interpreter(part).run, pre_dispatch=True)(*values)
+
     # tracing(None): with a tracing context invoke_subgraph bodies would keep their pre-dispatch form and
     # compile_fx would refuse them.
     with torch._guards.tracing(None), _trace_modes(fake_mode):
-        traced = make_fx(fx.Interpreter(source).run, pre_dispatch=True)(*values)
+        traced = by_parts(source, trace) or trace(source, values)
     _copy_placeholders(module, traced)
     baked = [name for name, value in tensor_constants(traced) if isinstance(value, FakeTensor)]
     if baked:
@@ -360,7 +372,7 @@ def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int,
         operands = list(dict.fromkeys([*(i for n in nodes for i in n.all_input_nodes if i not in inside), *sizes]))
         returned = [n for n in nodes if any(user not in inside for user in n.users)]
         if part == body:
-            module.add_submodule(f"submod_{body}", _body(module, nodes, operands, returned))
+            module.add_submodule(f"submod_{body}", part_of(module, nodes, operands, returned))
         with graph.inserting_before(nodes[-1].next):
             result = graph.call_function(invoke_subgraph, (graph.get_attr(f"submod_{body}"), identifier, *operands))
             for number, node in enumerate(returned):
@@ -371,7 +383,7 @@ def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int,
             graph.erase_node(node)
 
 
-def _body(
+def part_of(
     module: fx.GraphModule, nodes: list[fx.Node], operands: list[fx.Node], returned: list[fx.Node]
 ) -> fx.GraphModule:
     """`nodes` as a graph of their own, from `operands` to a tuple of `returned`."""
@@ -379,7 +391,7 @@ def _body(
     copies: dict[fx.Node, fx.Node] = {}
     for operand in operands:
         copies[operand] = graph.placeholder(operand.name)
-        copies[operand].meta["val"] = operand.meta["val"]
+        copies[operand].meta = {key: operand.meta[key] for key in ("val", "example_value") if key in operand.meta}
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[n] for n in returned))

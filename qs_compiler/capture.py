@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +18,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from . import _compat
+from .blocks import block_of, dotted_path, repeated_blocks
 from .errors import CaptureError
+from .trace_parts import trace_by_parts
 
 aten = torch.ops.aten
-_TOKEN = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
-_CONTAINERS = frozenset({"__dict__", "_modules", "_parameters", "_buffers", "_orig_mod"})
 
 
 class Kind(enum.Enum):
@@ -75,15 +74,6 @@ class Capture:
         return Capture(_compat.retrace_concrete(self.module, args), list(self.inputs))
 
 
-def dotted_path(source: str) -> str:
-    """`L['self'].__dict__['_modules']['blocks'].0.attn1` -> `blocks.0.attn1`; a plain or dotted name stays."""
-    if re.fullmatch(r"[\w.]*", source):
-        return source
-    tokens = [next(t for t in m if t) for m in _TOKEN.findall(source)]
-    path = [t for t in tokens if t not in _CONTAINERS]
-    return ".".join(path[1:]) if len(path) > 1 else ".".join(path)
-
-
 def lay_tokens_out(graph: fx.Graph) -> None:
     """Make the tokens (..., L, C) that enter the first of repeated blocks contiguous, in Dynamo's graph.
 
@@ -108,7 +98,7 @@ def lay_tokens_out(graph: fx.Graph) -> None:
             if apart and _sole_reader(tokens):
                 with graph.inserting_after(tokens):
                     copy = graph.call_method("contiguous", (tokens,))
-                copy.meta = {k: v for k, v in tokens.meta.items() if k != "example_value"}
+                copy.meta = {**tokens.meta, "example_value": value.contiguous()}
                 tokens.replace_all_uses_with(copy, lambda user: user is not copy)  # noqa: B023
 
 
@@ -131,7 +121,7 @@ def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Cap
     """
     nodes = module.graph.find_nodes(op="placeholder")
     try:
-        traced = _compat.retrace_dynamo(module, lay_tokens_out)
+        traced = _compat.retrace_dynamo(module, lay_tokens_out, trace_by_parts)
     except Exception as error:
         raise CaptureError(
             f"the graph could not be traced to ATen: {type(error).__name__}: {error}. "
@@ -190,41 +180,3 @@ def remove_identities(graph: fx.Graph) -> None:
         if same:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-
-
-def module_path(node: fx.Node) -> str:
-    """Dotted path of the module that a node was traced in, or its own name where none was recorded."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return node.name
-    return dotted_path(_compat.stack_name(next(reversed(stack.values())))) or node.name
-
-
-def block_of(node: fx.Node) -> tuple[str, str] | None:
-    """(path, class) of the outermost numbered module in which a node was traced: ("blocks.3", "WanTransformerBlock").
-
-    torch's own layers do not count: an nn.Sequential of linears is no list of blocks.
-    """
-    for entry in (node.meta.get("nn_module_stack") or {}).values():
-        path = dotted_path(_compat.stack_name(entry))
-        if re.search(r"(^|\.)\d+$", path):
-            cls = entry[1] if isinstance(entry[1], str) else f"{entry[1].__module__}.{entry[1].__qualname__}"
-            if not cls.startswith("torch.nn."):
-                return path, cls.rpartition(".")[2]
-    return None
-
-
-def repeated_blocks(graph: fx.Graph) -> dict[tuple[str, str], int]:
-    """Blocks of the outermost lists of which the graph holds at least two of one class, in order of appearance."""
-    seen: dict[tuple[str, str], None] = {}
-    for node in graph.nodes:
-        if node.op == "call_function" and (block := block_of(node)) is not None:
-            seen.setdefault(block)
-    families = [(path.rpartition(".")[0], cls) for path, cls in seen]
-    depth = min((path.count(".") for path, cls in families if families.count((path, cls)) > 1), default=0)
-    repeated = [
-        block
-        for block, family in zip(seen, families, strict=True)
-        if families.count(family) > 1 and family[0].count(".") == depth
-    ]
-    return {block: number for number, block in enumerate(repeated)}

@@ -27,7 +27,8 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from . import _compat
 from .artifact import TENSOR_NAMES, Artifact
-from .capture import Capture, GraphInput, Kind, block_of, capture_exported, repeated_blocks
+from .blocks import block_of, repeated_blocks
+from .capture import Capture, GraphInput, Kind, capture_exported
 from .dump import GraphDump, PassReport, new_report
 from .errors import ArtifactError, OptionError, UnsupportedError
 from .lowering import register_lowerings

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from .. import _compat
+from ..blocks import module_path
 from ..runtime.inputs import Scalar
 
 if TYPE_CHECKING:
@@ -179,10 +180,25 @@ def upstream(node: fx.Node, limit: int | None = None) -> Iterator[fx.Node]:
 
 def describe(node: fx.Node) -> str:
     """`linear_3 (blocks.0.attn1.to_q)`: a node as reports and errors name it."""
-    from ..capture import module_path
-
     path = module_path(node)
     return node.name if path == node.name else f"{node.name} ({path})"
+
+
+def call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """Add a call with its fake value; provenance (module stack, stack trace) is that of `like`.
+
+    The value is kept with the graph and shared by calls whose inputs have equal metadata: a fake op takes a millisecond.
+    """
+    node = graph.call_function(target, args)
+    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta")}
+    known = _VALUES.setdefault(graph, {})
+    key = _key_of((target, *args))
+    if key is None or key not in known:
+        values = fx.map_arg(args, lambda n: n.meta["val"])
+        with _compat.fake_mode_of_value(values):
+            known[key] = target(*values)
+    node.meta["val"] = known[key]
+    return node
 
 
 def splice(graph: fx.Graph, before: fx.Node, fn: Callable[..., Any], *args: Any) -> Any:
@@ -220,6 +236,7 @@ def splice(graph: fx.Graph, before: fx.Node, fn: Callable[..., Any], *args: Any)
     return output
 
 
+_VALUES: weakref.WeakKeyDictionary[fx.Graph, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 _TRACED: weakref.WeakKeyDictionary[fx.Graph, dict[Hashable, fx.GraphModule]] = weakref.WeakKeyDictionary()
 _PLAIN = (type(None), bool, int, str, torch.dtype, torch.device, torch._ops.OpOverload)
 _CODE = (types.CodeType, types.BuiltinFunctionType)
@@ -229,6 +246,8 @@ def _key_of(value: Any) -> Hashable:
     """What tells a traced function, a constant or an input from another; None where that is not known."""
     if isinstance(value, fx.Node):
         value = value.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return None
         layout = (*value.shape, *value.stride(), value.storage_offset())
         return (value.dtype, value.device, layout) if all(type(n) is int for n in layout) else None
     if isinstance(value, types.FunctionType):

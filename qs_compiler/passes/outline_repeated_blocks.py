@@ -19,13 +19,11 @@ it would write before, behind and into the other half of what the slice lies in.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import fx
 
 from .. import _compat
-from ..capture import block_of, repeated_blocks
+from ..blocks import assign_parts, block_of, canonical, repeated_blocks
 from .base import GraphPass, PassContext, PassResult
 from .quantize_linear import _call
 
@@ -61,22 +59,6 @@ class OutlineRepeatedBlocks(GraphPass):
             _compat.outline(context.capture.module, parts, shared)
             result.matched = len(shared)
         return result
-
-
-def assign_parts(graph: fx.Graph, blocks: dict[tuple[str, str], int]) -> dict[fx.Node, int]:
-    """Part number of every node but placeholders and output: odd inside a block, even between blocks, ascending."""
-    parts: dict[fx.Node, int] = {}
-    number, inside = 0, None
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        block = block_of(node)
-        block = block if block in blocks else None
-        if block != inside:
-            step = 2 if block is not None and inside is not None else 1
-            number, inside = number + step, block
-        parts[node] = number
-    return parts
 
 
 def hoist_views(graph: fx.Graph, parts: dict[fx.Node, int]) -> None:
@@ -117,48 +99,3 @@ def _one_batch(view: fx.Node) -> fx.Node:
     with view.graph.inserting_before(view.next):
         squeezed = _call(view.graph, view, torch.ops.aten.squeeze.dim, view, 0)
         return _call(view.graph, view, torch.ops.aten.unsqueeze.default, squeezed, 0)
-
-
-def canonical(nodes: list[fx.Node]) -> str:
-    """Hash of a part's nodes: targets, constants, wiring, and the metadata of values, inputs included.
-
-    Where an input begins in its storage does not tell parts apart, so long as it begins at a multiple of 16 bytes.
-    """
-    inside = {n: i for i, n in enumerate(nodes)}
-    outside: dict[fx.Node, int] = {}
-    used_outside = [any(user not in inside for user in n.users) for n in nodes]
-
-    def label(node: fx.Node) -> str:
-        if node in inside:
-            return f"n{inside[node]}"
-        known, value = node in outside, node.meta.get("val")
-        number = outside.setdefault(node, len(outside))
-        return f"i{number}" if known else f"i{number}:{_metadata(value)}{_begin(value)}"
-
-    digest = hashlib.sha256()
-    for node, escapes in zip(nodes, used_outside, strict=True):
-        args = fx.map_arg((node.args, node.kwargs), lambda n: _Label(label(n)))
-        value = node.meta.get("val", node.target if node.op == "get_attr" else None)
-        digest.update(f"{node.op}|{node.target}|{args}|{_metadata(value)}|{escapes}\n".encode())
-    return digest.hexdigest()
-
-
-class _Label(str):
-    __slots__ = ()
-    __repr__ = str.__str__
-
-
-def _metadata(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{list(value.shape)}{list(value.stride())}{value.device}"
-    if isinstance(value, (tuple, list)):
-        return "(" + ",".join(_metadata(v) for v in value) + ")"
-    return repr(value)
-
-
-def _begin(value: object) -> object:
-    """Where a tensor begins, as far as a kernel cares: kernels of a body take its inputs for aligned, or for not."""
-    if not isinstance(value, torch.Tensor):
-        return None
-    offset = value.storage_offset()
-    return offset * value.element_size() % 16 if isinstance(offset, int) else offset

@@ -25,8 +25,9 @@ import torch
 from torch import fx
 
 from .. import _compat
-from ..capture import block_of, repeated_blocks
+from ..blocks import block_of, repeated_blocks
 from .base import GraphPass, PassContext, PassResult
+from .base import call as _call
 
 aten = torch.ops.aten
 KEPT = "kept in 16 bit by the recipe"
@@ -132,13 +133,3 @@ def few_rows(x: fx.Node) -> bool:
 
 def _is_dequantize(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target is torch.ops.quantsparse.dequantize.default
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: object, *args: object) -> fx.Node:
-    """Add a call with its fake value; provenance (module stack, stack trace) is that of `like`."""
-    node = graph.call_function(target, args)
-    values = fx.map_arg(args, lambda n: n.meta["val"])
-    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta")}
-    with _compat.fake_mode_of_value(values):
-        node.meta["val"] = target(*values)
-    return node

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qs_compiler.capture import block_of
+from qs_compiler.blocks import block_of
 from qs_compiler.options import Recipe
 from qs_compiler.packed_linear import PackedLinear
 from qs_compiler.passes.outline_repeated_blocks import OutlineRepeatedBlocks
