@@ -18,7 +18,9 @@ from ..packed_linear import PackedLinear
 from ..pipeline import EXPERTS, hear_steps, plan_layers
 from ..runtime.gains import DEFAULT_GAIN
 from ..runtime.tracker import modules_of
+from ..source_model import sample_weight
 from .blockwise import Calibration
+from .kept_runs import KeptRuns
 from .progress import show_progress
 from .residual_gains import GainFit, fits_gains
 from .samples import Sample, caught_samples, given_samples
@@ -55,7 +57,8 @@ def calibrate(
         data: for a pipeline its prompts (strings, or dicts of what the pipeline is called with); for a module an
             iterable of (args, kwargs), or of kwargs, of forwards.
         recipe: a name, a dict or a Recipe.
-        output_dir: keeps each finished block, so that the same call goes on where it was killed, with the same result.
+        output_dir: keeps each finished denoising run of a pipeline's prompts and each finished block, so that the same
+            call goes on where it was killed, with the same result.
         run: instead of `data`: a function that denoises with `target`, for a loop of one's own. It is called once.
         seed: of everything that is drawn.
         progress: whether to show a bar on stderr.
@@ -91,12 +94,17 @@ def calibrate(
             if fits_gains(recipe):
                 fitting.enter_context(hear_steps(target, list(modules.values())))
                 fits = {name: fitting.enter_context(GainFit(module, recipe)) for name, module in modules.items()}
-            samples = _samples(target, modules, data, run, dict(pipe_options or {}), settings, seed)
+            pipe_options, folder = dict(pipe_options or {}), None if output_dir is None else Path(output_dir)
+            key = None  # of a function nobody can tell what it will run
+            if folder is not None and isinstance(data, (list, tuple)) and not isinstance(target, nn.Module):
+                weights = {name: _sampled(module, plans[name]) for name, module in modules.items()}
+                key = [weights, data, pipe_options, seed, settings.samples, recipe.to_dict()]
+            kept = KeptRuns(folder, key, fits)
+            samples = _samples(target, modules, data, run, pipe_options, settings, seed, kept)
         found = {}
         for name, module in modules.items():
-            folder = None if output_dir is None else Path(output_dir)
-            folder = folder / name if folder is not None and len(modules) > 1 else folder
-            work = Calibration(module, recipe, plans[name], samples[name], settings, seed, folder)
+            own = folder / name if folder is not None and len(modules) > 1 else folder
+            work = Calibration(module, recipe, plans[name], samples[name], settings, seed, own)
             with show_progress(work.units, progress) as shown:
                 found[name] = work.run(shown, include_rest)
             if name in fits:
@@ -114,6 +122,11 @@ def _plan(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     if not plan:
         raise UnsupportedError(f"recipe '{recipe}' packs no linear of this {type(model).__name__}.")
     return plan
+
+
+def _sampled(model: nn.Module, plan: Mapping[str, Recipe]) -> dict[str, list[float]]:
+    """Some values of every planned weight, which tell a model from others."""
+    return {name: sample_weight(model.get_submodule(name).weight, name) for name in plan}
 
 
 @contextlib.contextmanager
@@ -136,6 +149,7 @@ def _samples(
     pipe_options: dict[str, Any],
     settings: Settings,
     seed: int,
+    kept: KeptRuns,
 ) -> dict[str, list[Sample]]:
     """The forwards that each module is calibrated on."""
     if run is not None:
@@ -153,4 +167,4 @@ def _samples(
         runs.append(lambda call=call: target(**call))
     if not runs:
         raise OptionError("data holds no prompt.")
-    return caught_samples(modules, runs, settings.samples, seed)
+    return caught_samples(modules, runs, settings.samples, seed, kept)

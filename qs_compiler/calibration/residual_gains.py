@@ -89,6 +89,16 @@ class GainFit(AttentionListener):
             for name, (xy, xx) in self._sums.items()
         }
 
+    def state(self) -> dict[str, Any]:
+        """What was learned so far, as tensors and flags."""
+        return {"announced": self.announced, "sums": dict(self._sums)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from an earlier `state()`, whose tensors lie on the CPU."""
+        device = next(self._model.parameters()).device
+        self.announced = state["announced"]
+        self._sums = {name: (xy.to(device), xx.to(device)) for name, (xy, xx) in state["sums"].items()}
+
     def _begin(self, name: str) -> None:
         if not self._path:
             self._counts.clear()

@@ -76,12 +76,13 @@ def given_samples(data: Iterable[Any], device: torch.device) -> list[Sample]:
 
 @torch.no_grad()
 def caught_samples(
-    modules: Mapping[str, nn.Module], runs: Sequence[Callable[[], Any]], count: int, seed: int
+    modules: Mapping[str, nn.Module], runs: Sequence[Callable[[], Any]], count: int, seed: int, kept_runs: Any = None
 ) -> dict[str, list[Sample]]:
     """Do denoising runs and keep `count` forwards of each module that cover the noise levels evenly.
 
     The forwards of a module in one run are its way from noise to clip. That way is cut into `count` equal parts; from
-    each, one forward is drawn, and the parts are shared out among the runs. Runs beyond `count` are not done.
+    each, one forward is drawn, and the parts are shared out among the runs. Runs beyond `count` are not done, nor are
+    those that `kept_runs` (a KeptRuns) holds already.
 
     Raises:
         OptionError: no runs, or a module that they never call.
@@ -91,22 +92,34 @@ def caught_samples(
     runs = runs[:count]
     share = torch.randperm(count, generator=draw).tolist()
     for number, run in enumerate(runs):
-        caught: dict[str, list[Sample]] = {name: [] for name in modules}
-        with contextlib.ExitStack() as hooks:
-            for name, module in modules.items():
-                device = next(module.parameters()).device
-
-                def catch(_: nn.Module, args: Any, kwargs: Any, into: Any = caught[name], on: Any = device) -> None:
-                    into.append(Sample.of(args, kwargs, on))
-
-                hooks.callback(module.register_forward_pre_hook(catch, with_kwargs=True).remove)
-            run()
-        for part in share[number :: len(runs)]:
-            place = (part + float(torch.rand((), generator=draw))) / count
-            for name, calls in caught.items():
-                if calls:
-                    kept[name].append(calls[min(int(place * len(calls)), len(calls) - 1)])
+        places = [(part + float(torch.rand((), generator=draw))) / count for part in share[number :: len(runs)]]
+        found = None if kept_runs is None else kept_runs.load(number)
+        if found is None:
+            calls = _calls_of(modules, run)
+            found = {
+                name: [own[min(int(place * len(own)), len(own) - 1)] for place in places if own]
+                for name, own in calls.items()
+            }
+            if kept_runs is not None:
+                kept_runs.save(number, found)
+        for name, samples in found.items():
+            kept[name] += samples
     for name, samples in kept.items():
         if not samples:
             raise OptionError(f"the denoising runs never call '{name}'; give prompts, or a function that denoises.")
     return kept
+
+
+def _calls_of(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, list[Sample]]:
+    """The forwards of each module in one run."""
+    caught: dict[str, list[Sample]] = {name: [] for name in modules}
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            device = next(module.parameters()).device
+
+            def catch(_: nn.Module, args: Any, kwargs: Any, into: Any = caught[name], on: Any = device) -> None:
+                into.append(Sample.of(args, kwargs, on))
+
+            hooks.callback(module.register_forward_pre_hook(catch, with_kwargs=True).remove)
+        run()
+    return caught

@@ -187,7 +187,7 @@ def describe(node: fx.Node) -> str:
 def call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
     """Add a call with its fake value; provenance (module stack, stack trace) is that of `like`.
 
-    The value is kept with the graph and shared by calls whose inputs have equal metadata: a fake op takes a millisecond.
+    Calls whose inputs have equal metadata share a value, which is kept with the graph: a fake op takes a millisecond.
     """
     node = graph.call_function(target, args)
     node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta")}

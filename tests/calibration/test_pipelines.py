@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qs_compiler as qs
-from qs_compiler.errors import OptionError
+from qs_compiler.errors import ArtifactError, OptionError
 from qs_compiler.pipeline import plan_layers
 
 from ..backend.pipelines import CALLS, PIPELINES, run
@@ -33,7 +33,8 @@ def test_two_experts_get_an_artifact_each_and_attach(tmp_path):
     pipe = PIPELINES["wan 2.2"]()
     before = run("wan 2.2", pipe)
     artifacts = calibrate("wan 2.2", pipe, output_dir=tmp_path)
-    assert set(artifacts) == {"transformer", "transformer_2"} == {p.name for p in tmp_path.iterdir()}
+    assert set(artifacts) == {"transformer", "transformer_2"}
+    assert {p.name for p in tmp_path.iterdir()} == {"transformer", "transformer_2", "runs"}
     names = list(artifacts["transformer"].layers)
     assert any(
         not torch.equal(artifacts["transformer"].layers[n].wq, artifacts["transformer_2"].layers[n].wq) for n in names
@@ -68,3 +69,53 @@ def test_the_gains_of_a_sparse_recipe_are_fitted_in_the_same_runs():
     assert any((gains > 0).any() for gains in artifact.gains.values())
     assert "set_timesteps" not in vars(pipe.scheduler)  # nobody listens any more
     assert calibrate("ltx", pipe, recipe={**sparse, "correction": "first_order"}).gains == {}
+
+
+SPARSE = {**RECIPE, "density": 0.5, "block_size": 64, "correction": "mixture", "interval": 2, "warmup": 0.0}
+
+
+def counted(pipe, runs, stop_at=None):
+    """Let `runs` count the calls of the pipeline, and the call number `stop_at` be killed."""
+    encode = pipe.encode_prompt
+
+    def encode_prompt(*args, **kwargs):
+        runs.append(0)
+        if len(runs) == stop_at:
+            raise KeyboardInterrupt
+        return encode(*args, **kwargs)
+
+    pipe.encode_prompt = encode_prompt
+    return pipe
+
+
+def test_a_killed_calibration_does_not_denoise_again(tmp_path):
+    prompts, runs = ("dance monkey", "monkey", "dance"), []
+    whole = calibrate("ltx", PIPELINES["ltx"](), prompts, recipe=SPARSE)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("ltx", counted(PIPELINES["ltx"](), runs, 3), prompts, recipe=SPARSE, output_dir=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["000.pt", "001.pt"]
+    found = calibrate("ltx", counted(PIPELINES["ltx"](), runs), prompts, recipe=SPARSE, output_dir=tmp_path)
+    assert len(runs) == 4, "two runs, the one that was killed, and that one again"
+    calibrate("ltx", counted(PIPELINES["ltx"](), runs), prompts, recipe=SPARSE, output_dir=tmp_path)
+    assert len(runs) == 4
+    assert found.gains.keys() == whole.gains.keys() != set()
+    assert all(torch.equal(found.gains[name], whole.gains[name]) for name in whole.gains)
+    for name, packed in whole.layers.items():
+        assert all(torch.equal(t, found.layers[name].tensors()[k]) for k, t in packed.tensors().items()), name
+
+
+def test_runs_of_another_calibration_are_not_taken(tmp_path):
+    calibrate("ltx", PIPELINES["ltx"](), output_dir=tmp_path)
+    for other in ({"prompts": ("monkey",)}, {"seed": 1}, {"samples": 3}):
+        with pytest.raises(ArtifactError, match="other prompts or other options"):
+            calibrate("ltx", PIPELINES["ltx"](), output_dir=tmp_path, **other)
+    (tmp_path / "runs" / "000.pt").write_bytes(b"half a file")
+    with pytest.raises(ArtifactError, match="delete it to do that run again"):
+        calibrate("ltx", PIPELINES["ltx"](), output_dir=tmp_path)
+
+
+def test_runs_with_what_cannot_be_told_apart_are_not_kept(tmp_path):
+    size = {k: v for k, v in CALLS["ltx"].items() if k != "prompt"}
+    options = {**size, "num_inference_steps": 4, "callback_on_step_end": lambda pipe, i, t, kwargs: kwargs}
+    assert calibrate("ltx", PIPELINES["ltx"](), output_dir=tmp_path, pipe_options=options).layers
+    assert not (tmp_path / "runs").exists()
