@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -97,8 +98,7 @@ def calibrate(
             pipe_options, folder = dict(pipe_options or {}), None if output_dir is None else Path(output_dir)
             key = None  # of a function nobody can tell what it will run
             if folder is not None and isinstance(data, (list, tuple)) and not isinstance(target, nn.Module):
-                weights = {name: _sampled(module, plans[name]) for name, module in modules.items()}
-                key = [weights, data, pipe_options, seed, settings.samples, recipe.to_dict()]
+                key = [_described(target), data, pipe_options, seed, settings.samples, recipe.to_dict()]
             kept = KeptRuns(folder, key, fits)
             samples = _samples(target, modules, data, run, pipe_options, settings, seed, kept)
         found = {}
@@ -124,9 +124,18 @@ def _plan(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     return plan
 
 
-def _sampled(model: nn.Module, plan: Mapping[str, Recipe]) -> dict[str, list[float]]:
-    """Some values of every planned weight, which tell a model from others."""
-    return {name: sample_weight(model.get_submodule(name).weight, name) for name in plan}
+def _described(pipe: Any) -> str:
+    """What tells a pipeline from others: of each component its class, its config and some values of its weights."""
+    found = {}
+    for name, part in pipe.components.items():
+        config = getattr(part, "config", None) or {}
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        # What begins with "_" says how the config came about, in an order that differs from process to process.
+        config = {key: value for key, value in config.items() if not key.startswith("_")}
+        weights = part.named_parameters() if isinstance(part, nn.Module) else ()
+        sampled = {key: sample_weight(weight, key) for key, weight in weights if weight.numel() and not weight.is_meta}
+        found[name] = [type(part).__name__, config, sampled]
+    return json.dumps(found, sort_keys=True, default=lambda value: type(value).__name__)
 
 
 @contextlib.contextmanager

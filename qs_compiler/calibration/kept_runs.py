@@ -55,7 +55,7 @@ class KeptRuns:
             raise ArtifactError(f"'{path}' cannot be read ({error}); delete it to do that run again.") from error
         if found["key"] != self._key:
             raise ArtifactError(
-                f"'{path}' belongs to a calibration with another recipe, other prompts or other options; "
+                f"'{path}' belongs to a calibration with another recipe or pipeline, other prompts or other options; "
                 "choose another output_dir, or delete this one to start anew."
             )
         for name, fit in self._fits.items():

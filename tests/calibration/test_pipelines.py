@@ -109,6 +109,12 @@ def test_runs_of_another_calibration_are_not_taken(tmp_path):
     for other in ({"prompts": ("monkey",)}, {"seed": 1}, {"samples": 3}):
         with pytest.raises(ArtifactError, match="other prompts or other options"):
             calibrate("ltx", PIPELINES["ltx"](), output_dir=tmp_path, **other)
+    shifted, retrained = PIPELINES["ltx"](), PIPELINES["ltx"]()
+    shifted.scheduler.register_to_config(shift=shifted.scheduler.config.shift + 1)
+    next(p for p in retrained.text_encoder.parameters() if p.dim() > 1).data.mul_(2)
+    for pipe in (shifted, retrained):
+        with pytest.raises(ArtifactError, match="other prompts or other options"):
+            calibrate("ltx", pipe, output_dir=tmp_path)
     (tmp_path / "runs" / "000.pt").write_bytes(b"half a file")
     with pytest.raises(ArtifactError, match="delete it to do that run again"):
         calibrate("ltx", PIPELINES["ltx"](), output_dir=tmp_path)
