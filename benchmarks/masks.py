@@ -3,7 +3,7 @@
 The bundled model denoises clips densely; at some steps every self-attention's exact map is summed over blocks of
 128 x 128 tokens, once for each order. A mask's recall is the share of a query block's mass that the blocks which it
 keeps hold, mean over query blocks, heads, layers, steps and branches. `exact` is the mask of the mass itself, an upper
-bound; `mass` that of the step measured before. Writes benchmarks/results/masks.json, whole after every step.
+bound; `mass` the exact one of the step measured before. Writes benchmarks/results/masks.json, whole after every step.
 
     python benchmarks/masks.py --clips 1                 # minutes on a CPU
     python benchmarks/masks.py --clips 8 --every 1       # a GPU

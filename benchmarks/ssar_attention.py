@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qs_compiler.runtime.cache_layout import probe_stride
+from qs_compiler.ops.refresh_attention import growth
+from qs_compiler.runtime.cache_layout import MASS, probe_stride
 from qs_compiler.runtime.schedule import Decision, Schedule
 
 BLOCK = 128
@@ -29,8 +30,9 @@ class Method:
         correction: "none", "first_order", "second_order", "adjacent" (second order, D_prev of the step before the
             refresh), "complement", or "mixture".
         gain: of the extrapolation, as in a Recipe; of a mixture: a number, or "fitted".
-        mask: "pooled", "mass" (of the refresh before; pooled at the first), or "exact" (of the refresh itself, which an
-            extra sparse pass after the refresh allows).
+        mask: "pooled"; "estimate", the mass of the refresh before, by the log-sum-exps of the one before that, hence
+            pooled at the first two: what a Recipe calls "mass"; or "exact", the mass of the refresh itself, which an
+            extra sparse pass after the refresh allows.
         frozen: a video keeps the mask of its first refresh.
         cache: storage of the first-order term: "bf16", "fp8", "int8", "int4" or "rankN".
         rank: of the second-order term; None for all.
@@ -106,10 +108,11 @@ class Reuse(TorchFunctionMode):
         dense, lse = flash(q, k, v, scale)
         state["probe"] = probe(q) if method.max_drift is not None else None
         if not (method.frozen and "blocks" in state):
-            mass = None if method.mask == "pooled" else block_mass(q, k, scale)
-            scores = state.get("mass") if method.mask == "mass" else mass
+            scores = block_mass(q, k, scale) if method.mask == "exact" else state.get("mass")
             state["blocks"] = select(pooled_scores(q, k, scale) if scores is None else scores, method.density)
-            state["mass"] = mass
+            if method.mask == "estimate":
+                before, state["lse_prev"] = state.get("lse_prev"), lse
+                state["mass"] = None if before is None else block_mass(q, k, scale, before).to(MASS)
         if method.correction == "none":
             return dense
         kept, lse_kept = attend(q, k, v, state["blocks"], scale)
@@ -190,12 +193,20 @@ def pooled_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tenso
     return torch.ops.quantsparse.block_scores.default(q, k, None, scale, BLOCK)
 
 
-def block_mass(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Softmax mass of each key block, mean over the rows of each query block: (B, H, nQ, nK)."""
+def block_mass(q: torch.Tensor, k: torch.Tensor, scale: float, lse_prev: torch.Tensor | None = None) -> torch.Tensor:
+    """Softmax mass of each key block, mean over the rows of each query block: (B, H, nQ, nK).
+
+    Args:
+        lse_prev: log-sum-exps (B, H, S) of an earlier step; with them the mass is as refresh_attention estimates it.
+    """
     shares = []
     for clip in range(len(q)):
-        weights = torch.softmax(q[clip].float() @ k[clip].float().mT * scale, -1)
-        shares.append(weights.unflatten(-1, (-1, BLOCK)).sum(-1).unflatten(1, (-1, BLOCK)).mean(2))
+        logits = q[clip].float() @ k[clip].float().mT * scale
+        by_row = torch.softmax(logits, -1).unflatten(-1, (-1, BLOCK)).sum(-1)
+        if lse_prev is not None:
+            by_row *= growth(torch.logsumexp(logits, -1), lse_prev[clip])[..., None]
+        share = by_row.unflatten(1, (-1, BLOCK)).mean(2)
+        shares.append(share if lse_prev is None else share / share.sum(-1, keepdim=True).clamp_min(1e-37))
     return torch.stack(shares)
 
 

@@ -83,9 +83,9 @@ def all_rows() -> dict[str, Row]:
     for density in (0.4, 0.1):
         for name, fields in {"none": CORRECTIONS["none"], **pair}.items():
             add(f"d{round(100 * density)}/{name}", density=density, **fields)
-    for mask in ("exact", "mass"):
+    for row, mask in {"exact": "exact", "mass": "estimate"}.items():
         for name, fields in pair.items():
-            add(f"d25/{name}/mask {mask}", mask=mask, **fields)
+            add(f"d25/{name}/mask {row}", mask=mask, **fields)
     add("d25/first_order/frozen mask", frozen=True)
     add("d25/adjacent-1", phases=adjacent(), correction="adjacent", gain="1", frozen=True)
     for rank in (8, 32, None):

@@ -63,8 +63,8 @@ class Recipe:
         attention: operands of the self-attentions that run on this backend's kernels: `16bit`; `int8` codes of q, and
             of k less its mean; or those and float8 values, `int8-fp8`.
         block_size: tokens of a query block and of a key block.
-        mask: what ranks the key blocks: `pooled` q and k; those and the `mass` of the last refresh; or places alone:
-            `spatial` or `temporal` bands, `radial` decay (runtime/token_layout.py).
+        mask: what ranks the key blocks: `pooled` q and k; the `mass` of the last refresh, pooled in the first two of a
+            video; or places alone: `spatial` or `temporal` bands, `radial` decay (runtime/token_layout.py).
         token_order: of the blocks: `rows` of the video, or `tiles`, boxes of it (docs/masks.md).
         always_keep: sets of key blocks that are kept whatever their rank, within the density: `text`, `first_frame`,
             `neighbourhood`. A query block's own key block always is.

@@ -21,8 +21,8 @@ On an H100 at HunyuanVideo's shape two launches are faster with 8-bit operands (
 
 Block mass needs the final log-sum-exps, hence the scores once more, in one launch. Two launches estimate it instead if
 they are given the log-sum-exps of an earlier step: those divide the weights of each row as they pass, and the masses of
-a query block are scaled to sum to 1, so that only rows whose log-sum-exps moved apart count unlike one another. A graph
-that does not use the mass pays for neither.
+a query block are scaled to sum to 1, so that only rows whose log-sum-exps moved apart count unlike one another. That is
+what the reference computes; one launch stays exact. A graph that does not use the mass pays for neither.
 """
 
 from __future__ import annotations

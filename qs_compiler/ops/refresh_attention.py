@@ -10,21 +10,25 @@ kernel can visit the two sets one after the other. Returns
     correction "complement": output and lse of the dropped blocks, (0, -inf) where nothing is dropped;
   block_mass (B, H, nQ, nK) float32: softmax mass of each key block, mean over the query block's rows. Rows sum to 1
     (to 0 where no key is left).
-lse_prev (B, H, S) float32, the lse of an earlier step, is for kernels, which may estimate block_mass from it in one
-pass: row i of a query block then counts exp(lse_i - lse_prev_i) times, not once. This reference is exact.
+With lse_prev (B, H, S) float32, the lse of an earlier step, block_mass is an estimate, for which a kernel need not pass
+over the keys again: row i of a query block counts exp(lse_i - lse_prev_i) times, not once, and not at all where
+lse_prev_i is infinite or NaN: a row without an earlier step. A query block sums to 1 still, to 0 where no row counts.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from .attention_inputs import check_attention, kept_blocks
 from .gathered_attention import GatheredAttention
 from .library import OpCost, define_op, itemsize, require, require_dtype, require_shape, symbols
-from .softmax_state import finite, merge_states
+from .softmax_state import divide, finite, merge_states
 
 NAME = "refresh_attention"
 CORRECTIONS = ("residual", "complement")
+LARGEST_GROWTH = 64 * math.log(2)  # of a log-sum-exp between two steps, as in lowering/device.py: nothing overflows
 B, H, Hkv, S, T, D, block, nQ, nK, b_q, b_v, b_o, b_prev, lists = symbols(
     "B H Hkv S T D block nQ nK b_q b_v b_o b_prev lists"
 )
@@ -80,10 +84,20 @@ def reference(
             share_kept, share_dropped = (torch.exp(x - finite(lse_all))[..., None] for x in (lse_kept, lse_dropped))
             mass = torch.cat((mass_kept * share_kept, mass_dropped * share_dropped), -1)
             row = (part % gathered.query_blocks)[:, None] * block_size + gathered.within
-            real = (row < gathered.tokens).float()[..., None]  # the last query block may be partial
-            block_mass[part[:, None], blocks] = (mass * real).sum(1) / real.sum(1)
+            counts_as = (row < gathered.tokens).float()  # the last query block may be partial
+            if lse_prev is not None:
+                head = (part // gathered.query_blocks)[:, None]
+                before = lse_prev.reshape(-1)[head * gathered.tokens + row.clamp(max=gathered.tokens - 1)]
+                counts_as *= growth(lse_all, before)
+            block_mass[part[:, None], blocks] = divide((mass * counts_as[..., None]).sum(1), counts_as.sum(1))
     shape = (*entries.shape, key_blocks)
     return *(gathered.rows(x) for x in (o, lse, correction_o, correction_lse)), block_mass.view(shape)
+
+
+def growth(lse, lse_prev):
+    """exp(lse - lse_prev), bounded; 0 where lse_prev says nothing."""
+    change = (lse - lse_prev).clamp(max=LARGEST_GROWTH)
+    return torch.where(torch.isfinite(lse_prev), torch.exp(change), 0)
 
 
 def split_by_value(values, items):

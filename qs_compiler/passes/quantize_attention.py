@@ -11,7 +11,11 @@ refresh_attention alike: both phases of a site see the same operands, so a resid
 arithmetic. Block scores go on reading q and k as they are.
 
 The mean that the keys lose moves every log-sum-exp of a query q by scale q . mean(k), another number in each step. A
-complement joins log-sum-exps of two steps, so it is given those numbers (`meta["qs_lse_shift"]`, (B, H, S)).
+complement joins log-sum-exps of two steps, so it is given those numbers (`meta["qs_lse_shift"]`, (B, H, S)). Those by
+which a refresh estimates the mass of its blocks come from another step too:
+
+Before:  refresh = refresh_attention(..., lse_prev, ...);           copy_ = aten.copy_(cache, refresh[1])
+After:   refresh = refresh_attention(..., lse_prev - shift, ...);   copy_ = aten.copy_(cache, refresh[1] + shift)
 
 Before:  o = torch.ops.aten.scaled_dot_product_attention.default(q, k, v, mask)
 
@@ -39,6 +43,7 @@ aten, qs = torch.ops.aten, torch.ops.quantsparse
 # are level, 32,768 take 0.80 of its time with heads of 128 and 0.92 with heads of 64.
 LEAST_TOKENS = 30_000
 HEADS = {"16bit": range(65, 129), "int8": range(65, 129), "int8-fp8": range(64, 129)}  # by operands
+LSE_PREV = 9  # its place among the arguments of refresh_attention
 LIBRARY_DEVICES = ("cpu",)  # whose dense attention is better left to a library
 
 
@@ -91,10 +96,19 @@ class QuantizeAttention(GraphPass):
             else (v, None),
         )
         codes, scales = zip(*operands, strict=True)
-        if context.recipe.correction == "complement" and "qs_site" in node.meta:
+        arguments = [*codes, *scales, *node.args[6:]]
+        estimates = node.target is qs.refresh_attention.default and node.args[LSE_PREV] is not None
+        complement = context.recipe.correction == "complement" and "qs_site" in node.meta
+        if complement or estimates:
             shift = splice(graph, node, _lse_shift, codes[0], scales[0], k, smooth, kv_len, node.args[11])
+        if complement:
             node.meta["qs_lse_shift"] = shift
-        node.args = (*codes, *scales, *node.args[6:])
+        if estimates:
+            arguments[LSE_PREV] = splice(graph, node, torch.sub, node.args[LSE_PREV], shift)
+            for lse in [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]:
+                whole = splice(graph, lse.next, torch.add, lse, shift)
+                lse.replace_all_uses_with(whole, lambda user: user is not whole)  # noqa: B023
+        node.args = tuple(arguments)
 
 
 def quantize_queries(q: torch.Tensor, smooth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

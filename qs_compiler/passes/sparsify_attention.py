@@ -12,6 +12,16 @@ After, refresh:  scores = torch.ops.quantsparse.block_scores.default(q, k, kv_le
                  copy_ = torch.ops.aten.copy_.default(kv_num_blocks, kept[0])
                  copy__1 = torch.ops.aten.copy_.default(kv_indices, kept[1][..., :budget].to(torch.int16))
 
+With `mask="mass"` a refresh leaves the mass of each key block to the next one, which ranks by it. The mass is estimated
+by the log-sum-exps of the refresh before (ops/refresh_attention.py), so the first refresh of a video has none to leave,
+and the second ranks by the scores of pooled q and k once more. What another video left is not read (`new_video`):
+
+                 known = ~new_video & (block_mass.amax(-1, keepdim=True) > 0)
+                 scores = torch.where(known, block_mass, scores)
+                 refresh = torch.ops.quantsparse.refresh_attention.default(..., lse_prev or -inf if new_video, ...)
+                 copy__2 = torch.ops.aten.copy_.default(lse_prev, refresh[1])
+                 copy__3 = torch.ops.aten.copy_.default(block_mass, refresh[4].to(torch.bfloat16))
+
 With adaptive refreshes a refresh keeps some rows of q as `probe`, and a sparse step copies into `drift` how far these
 have moved since, |q - probe| / |probe|, which the runtime reads before the next step.
 
@@ -29,7 +39,7 @@ from torch import fx
 
 from .. import _compat
 from ..errors import RecipeError
-from ..runtime.cache_layout import block_budget, cache_slots, probe_stride
+from ..runtime.cache_layout import MASS, block_budget, cache_slots, probe_stride
 from ..runtime.inputs import Cached, Scalar
 from ..runtime.token_layout import STATIC_MASKS, LayoutInput, layout_tensor
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice, upstream
@@ -118,11 +128,12 @@ class SparsifyAttention(GraphPass):
             with graph.inserting_before(node):
                 for slot, new in zip(("probe", "drift"), renewed, strict=True):
                     _call(graph, node, aten.copy_.default, cache_input(context, site, slot, q), new)
-        mass = None
+        mass = before = None
         if recipe.mask == "mass":
-            mass = cache_input(context, site, "block_mass", q)
+            mass, lse_prev = (cache_input(context, site, slot, q) for slot in ("block_mass", "lse_prev"))
             first = flag(context, site, q, "new_video")
-            scores = splice(graph, node, torch.where, first, scores, mass)
+            scores = splice(graph, node, _by_mass, first, scores, mass)
+            before = splice(graph, node, _unless_first, first, lse_prev)
         if recipe.correction == "second_order":
             # D and D_prev must belong to one mask, so a video keeps the mask of its first refresh.
             first = flag(context, site, q, "new_video")
@@ -136,14 +147,16 @@ class SparsifyAttention(GraphPass):
         with graph.inserting_before(node):
             correction = "complement" if recipe.correction == "complement" else "residual"
             many = _call(
-                graph, node, qs.refresh_attention.default, q, k, v, None, None, None, *kept, kv_len, None, correction,
+                graph, node, qs.refresh_attention.default, q, k, v, None, None, None, *kept, kv_len, before, correction,
                 _scale(node), recipe.block_size, node.meta["val"].dtype,
             )  # fmt: skip
             many.meta["qs_site"] = site
             for cache, new in zip(lists, stored, strict=True):
                 _call(graph, node, aten.copy_.default, cache, new)
             if mass is not None:
-                _call(graph, node, aten.copy_.default, mass, _call(graph, node, operator.getitem, many, 4))
+                lse, new_mass = (_call(graph, node, operator.getitem, many, i) for i in (1, 4))
+                _call(graph, node, aten.copy_.default, lse_prev, lse)
+                _call(graph, node, aten.copy_.default, mass, splice(graph, node, _stored_mass, new_mass))
             return _call(graph, node, operator.getitem, many, 0)
 
 
@@ -265,6 +278,24 @@ def _for_all_heads(scores: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _select(scores: torch.Tensor, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
     always_keep = torch.eye(scores.shape[-2], scores.shape[-1], dtype=torch.bool, device=scores.device)
     return qs.select_blocks.default(scores, always_keep, budget)
+
+
+def _by_mass(first: torch.Tensor, pooled: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Scores (B, H, nQ, nK) float32 that rank by the mass of the refresh before, or pooled where a row has none.
+
+    A row has none if no query of it had a log-sum-exp to estimate by, and counts as such if anything in it is NaN.
+    """
+    known = first.logical_not() & (mass.amax(-1, keepdim=True) > 0)
+    return torch.where(known, mass.float(), pooled)
+
+
+def _unless_first(first: torch.Tensor, lse_prev: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exps (B, H, S) of the refresh before; -inf, by which no mass is estimated, where there was none."""
+    return lse_prev.masked_fill(first, float("-inf"))
+
+
+def _stored_mass(mass: torch.Tensor) -> torch.Tensor:
+    return mass.to(MASS)
 
 
 def _keep_old(first: torch.Tensor, scores: torch.Tensor, number: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

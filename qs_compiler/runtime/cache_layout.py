@@ -10,7 +10,7 @@ Bytes of one layer and branch, for q of shape (B, H, S, D) and blocks of `block_
     second order     B H r (S + D) times 2 more
     complement       B H S times 4 more, the log-sum-exp of the dropped blocks
     mixture          B H S times 4 more, the weight of the sparse output
-    mask "mass"      B H n n times 4 more
+    mask "mass"      B H n n times 2 and B H S times 4 more, the mass of each block and the log-sum-exps
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ VALUES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8
 # An int4 code is off by up to 1/14 of its row's largest value; a scale of 8 significant bits adds 1/512 of the value.
 SCALES = {"fp8": torch.float32, "int8": torch.float32, "int4": torch.bfloat16}
 FACTORS = torch.bfloat16
+MASS = torch.bfloat16  # it only ranks blocks; small masses keep their order, for the exponents are those of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,8 @@ def cache_slots(recipe: Recipe, shape: tuple[int, int, int, int]) -> dict[str, S
         slots["probe"] = Slot((batch, heads, math.ceil(rows / probe_stride(rows)), dim), torch.bfloat16)
         slots["drift"] = Slot((1,), torch.float32)
     if recipe.mask == "mass":
-        slots["block_mass"] = Slot((batch, heads, blocks, blocks), torch.float32)
+        slots["block_mass"] = Slot((batch, heads, blocks, blocks), MASS)
+        slots["lse_prev"] = Slot((batch, heads, rows), torch.float32)
     if recipe.correction == "none":
         return slots
     if (rank := cache_rank(recipe.cache_format)) is not None:

@@ -11,8 +11,8 @@ RECIPE = {"format": "w8a8", "density": 0.4, "block_size": 64, "warmup": 0.0, "in
 DENSE = {"format": "w8a8"}
 CACHES = [
     {"correction": "first_order", "cache_format": "int4"},
-    {"correction": "mixture", "cache_format": "int8"},
-    {"correction": "second_order", "cache_format": "bf16", "mask": "mass"},
+    {"correction": "mixture", "cache_format": "int8", "mask": "mass"},
+    {"correction": "second_order", "cache_format": "bf16"},
     {"correction": "second_order", "cache_format": "rank16"},
     {"correction": "complement", "cache_format": "fp8"},
 ]  # one of each correction and each kind of cache

@@ -55,6 +55,7 @@ def test_what_is_predicted_is_allocated(cache_format: str, correction: str, mask
         ({"cache_format": "int4", "correction": "first_order"}, 10.9),
         ({"cache_format": "rank32"}, 11.2),
         ({"cache_format": "rank16"}, 6.1),
+        ({"cache_format": "int4", "mask": "mass"}, 14.5),
     ],
 )
 def test_a_video_of_129_frames_at_720p(fields: dict, gib: float) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from qs_compiler.lowering import attention_tiles, collect_fallbacks, refresh_attention
 from qs_compiler.ops.refresh_attention import CORRECTIONS
+from qs_compiler.passes.sparsify_attention import _by_mass, _stored_mass, _unless_first
 from tests.fake_h100 import SHARED_MEMORY, cuda_code
 from tests.kernel_text import compile_offline, kernel_sources
 from tests.lowering.compiled import library_calls
@@ -177,34 +178,56 @@ def test_two_launches_give_what_one_gives(two_launches, tmp_path):
     assert all(list(kernel_sources(text)) == ["triton_tem_fused_0", "triton_tem_fused_1"] for text in texts)
 
 
-def estimated_mass(q, k, lse_prev, blocks, kv_len):
-    """Softmax mass of each key block by the log-sum-exps of another step, in shares of each query block's."""
-    scores = q.double() @ k.double().mT * 0.2
-    weights = torch.exp(scores - lse_prev[..., None].double())
-    weights[..., kv_len:] = 0
-    query_blocks, key_blocks = blocks
-    missing = key_blocks * BLOCK - k.shape[2], query_blocks * BLOCK - q.shape[2]
-    weights = torch.nn.functional.pad(weights, (0, missing[0], 0, missing[1]))
-    mass = weights.unflatten(2, (-1, BLOCK)).unflatten(4, (-1, BLOCK)).sum((3, 5))
-    return mass / mass.sum(-1, keepdim=True)
-
-
 def test_two_launches_estimate_block_mass_by_previous_log_sum_exps(two_launches, tmp_path):
+    """Rows without an earlier step among them: all of a block, all of a head as in the first refresh of a video."""
     q, k, v = random_qkv(1, 2, 2, 40, 80, 16, torch.float32)
     lists, kv_len = complete_lists(1, 2, 40, 80), torch.tensor([70], dtype=torch.int32)
-    lse = refresh(q, k, v, lists, "residual", kv_len=kv_len)[0](q, k, v, *lists, kv_len)[1]
-    cases = []
-    for drift, correction in zip((0.0, 1.0), CORRECTIONS, strict=True):
-        lse_prev = lse + drift * torch.randn_like(lse)
-        cases.append(refresh(q, k, v, lists, correction, kv_len=kv_len, lse_prev=lse_prev))
+    function, args = refresh(q, k, v, lists, "residual", kv_len=kv_len)
+    _, lse, _, _, exact = function(*args)
+    moved = lse + torch.randn(lse.shape, generator=torch.Generator().manual_seed(1))
+    moved[0, 0, :2], moved[0, 0, 32:] = torch.tensor([float("nan"), float("-inf")]), float("-inf")
+    moved[0, 1] = float("-inf")
+    earlier = zip((lse, moved, lse - 1e30, lse + 300), (*CORRECTIONS, *CORRECTIONS), strict=True)
+    cases = [refresh(q, k, v, lists, correction, kv_len=kv_len, lse_prev=prev) for prev, correction in earlier]
     texts = [cuda_code(function, *args) for function, args in cases]
-    exact = cases[0][0](*cases[0][1])[4]
     results = interpret([(text, args) for text, (_, args) in zip(texts, cases, strict=True)], tmp_path)
-    for (function, args), got in zip(cases, results, strict=True):
-        compare(got[:4], function(*args)[:4])
-        assert_close(got[4], estimated_mass(q, k, args[-1], (2, 3), 70), 1e-5)
+    for (function, args), got in zip(cases[:2], results, strict=False):
+        compare(got, function(*args))
     assert_close(results[0][4], exact)  # by the log-sum-exps of the step itself
     assert (results[1][4] - exact).abs().max() > 1e-2
+    sums = results[1][4].sum(-1)
+    assert_close(sums, torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]))
+    assert all(torch.isfinite(got[4]).all() for got in results)
+    assert (results[3][4] == 0).all(), "nothing is left of rows that lost 300"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, bf16))
+def test_a_refresh_ranks_by_mass_and_leaves_the_next_one(dtype, tmp_path):
+    """What the pass writes for `mask="mass"`: the first refresh of a video and another, no kernel of exact mass."""
+
+    def function(q, k, v, first, lse_prev, mass):
+        scores = _by_mass(first, quantsparse.block_scores(q, k, None, 0.2, BLOCK), mass)
+        kept = quantsparse.select_blocks(scores, None, 2)
+        before = _unless_first(first, lse_prev)
+        o, lse, _, _, mass = quantsparse.refresh_attention(
+            q, k, v, None, None, None, *kept, None, before, "residual", 0.2, BLOCK, q.dtype
+        )
+        return o, lse, _stored_mass(mass), kept[1].clone()
+
+    q, k, v = random_qkv(1, 2, 2, 128, 128, 16, dtype)
+    lse_prev, mass = torch.randn(1, 2, 128) + 4, torch.rand(1, 2, 4, 4).bfloat16()
+    mass[0, 0, 1], mass[0, 1, 2, 3] = 0, float("nan")
+    both = [(q, k, v, torch.tensor(first), lse_prev, mass) for first in (True, False)]
+    text = cuda_code(function, *both[0])
+    assert "store_block_mass" not in text and library_calls(text) == []
+    first, later = interpret([(text, args) for args in both], tmp_path)
+    for args, got in zip(both, (first, later), strict=True):
+        wanted = function(*args)
+        assert torch.equal(got[3], wanted[3])
+        for result, expected in zip(got[:3], wanted, strict=False):
+            assert_close(result, expected, 2 * RELATIVE_ERROR[result.dtype])
+    assert (first[2] == 0).all() and (later[2].float().sum(-1) > 0.9).all()
+    assert not torch.equal(first[3], later[3])
 
 
 def test_two_launches_leave_three_programs_to_a_multiprocessor(two_launches, tmp_path):

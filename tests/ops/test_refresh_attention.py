@@ -17,7 +17,7 @@ def call(q, k, v, lists, correction, *, scales=(None, None, None), kv_len=None, 
 
 
 def naive_mass(weights, tokens, keys):
-    """Mean over a block's rows of the mass on each key block, by loops."""
+    """Mean over a block's rows of the mass on each key block, by loops. Rows of `weights` need not sum to 1."""
     mass = torch.zeros(*weights.shape[:2], blocks(tokens), blocks(keys), dtype=torch.float64)
     for i in range(blocks(tokens)):
         for j in range(blocks(keys)):
@@ -46,6 +46,44 @@ def test_dense_output_corrections_and_mass(tokens, dtype):
         assert_close(got_lse, fix_lse, 1e-5)
         assert_close(mass, naive_mass(weights, tokens, keys))
         torch.testing.assert_close(mass.sum(-1), torch.ones(mass.shape[:3]))
+
+
+@pytest.mark.parametrize("correction", module.CORRECTIONS)
+def test_mass_is_estimated_by_the_log_sum_exps_of_an_earlier_step(correction):
+    tokens, keys = 70, 100
+    q, k, v = random_qkv(2, 4, 2, tokens, keys, 24, torch.float32)
+    kv_len = torch.tensor([90, 0], dtype=torch.int32)
+    lists = block_lists(2, 4, blocks(tokens), blocks(keys), complete=True)
+    mask = (torch.arange(keys) < kv_len[:, None])[:, None, None].expand(2, 4, tokens, keys)
+    _, lse, weights = attention(q, k, v, mask, 0.2)
+    exact = call(q, k, v, lists, correction, kv_len=kv_len)
+    same = call(q, k, v, lists, correction, kv_len=kv_len, lse_prev=exact[1])
+    assert_close(same[4], exact[4])
+
+    moved = lse + torch.randn(lse.shape, generator=torch.Generator().manual_seed(1))
+    for row, nothing in enumerate((float("-inf"), float("inf"), float("nan"))):
+        moved[0, :, row] = nothing  # rows without an earlier step
+    moved[0, 1, BLOCK : 2 * BLOCK] = float("-inf")  # a whole block of them
+    counts = torch.where(torch.isfinite(moved), torch.exp(lse - moved), 0)
+    wanted = naive_mass(weights * counts[..., None], tokens, keys)
+    total = wanted.sum(-1, keepdim=True)
+    wanted = torch.where(total > 0, wanted / total, 0)
+    assert (wanted[0, 1, 1] == 0).all() and (wanted[1] == 0).all() and (wanted[0, 0].sum(-1) > 0.99).all()
+    got = call(q, k, v, lists, correction, kv_len=kv_len, lse_prev=moved.float())
+    assert_close(got[4], wanted)
+    assert (got[4] - exact[4]).abs().max() > 1e-2
+    for one, other in zip(got[:4], exact[:4], strict=True):
+        assert torch.equal(one, other), "nothing else depends on lse_prev"
+
+
+@pytest.mark.parametrize("change", (-1e30, -300.0, 300.0, 1e30))
+def test_estimated_mass_is_finite_wherever_the_earlier_step_was(change):
+    q, k, v = random_qkv(1, 1, 1, 64, 96, 16, torch.float32)
+    lists = block_lists(1, 1, 2, 3, complete=True)
+    lse = call(q, k, v, lists, "residual")[1]
+    mass = call(q, k, v, lists, "residual", lse_prev=lse + change)[4]
+    assert torch.isfinite(mass).all()
+    assert_close(mass.sum(-1), torch.full((1, 1, 2), 0.0 if change > 0 else 1.0))
 
 
 def test_corrections_make_a_sparse_step_dense():

@@ -67,6 +67,22 @@ def test_block_scores_read_what_was_there(context) -> None:
     assert all(x.meta["val"].dtype == torch.float32 for x in node.args[:2])
 
 
+@pytest.mark.parametrize("correction", ("none", "complement"))
+def test_log_sum_exps_of_another_step_are_those_of_whole_keys(context, correction) -> None:
+    _, _, ctx = run(context, Phase.REFRESH, attention="int8", mask="mass", correction=correction)
+    graph = ctx.capture.module.graph
+    (refresh,) = graph.find_nodes(op="call_function", target=quantsparse.refresh_attention.default)
+    taken = refresh.args[9]
+    assert taken.target is torch.ops.aten.sub.Tensor and "lse_prev_0" in str(taken.args[0].args)
+    (copy,) = [n for n in graph.nodes if n.target is torch.ops.aten.copy_.default and n.args[0].name == "lse_prev_0"]
+    given = copy.args[1]
+    assert given.target is torch.ops.aten.add.Tensor and given.args[0].args == (refresh, 1)
+    assert given.args[1] is taken.args[1], "one shift, taken from what comes and added to what goes"
+    _, _, ctx = run(context, Phase.SPARSE, attention="int8", mask="mass", correction="none")
+    (sparse,) = ctx.capture.module.graph.find_nodes(op="call_function", target=quantsparse.sparse_attention.default)
+    assert sparse.args[9] is None and "qs_lse_shift" not in sparse.meta
+
+
 def test_16_bit_leaves_everything(context) -> None:
     for phase in Phase:
         ops, result, _ = run(context, phase)

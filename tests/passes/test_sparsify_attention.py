@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qs_compiler.passes import Phase
 from qs_compiler.passes.reparameterize_residual import ReparameterizeResidual
-from qs_compiler.passes.sparsify_attention import SparsifyAttention
+from qs_compiler.passes.sparsify_attention import SparsifyAttention, _by_mass
 from qs_compiler.passes.trim_padding_mask import TrimPaddingMask
 from tests.passes.conftest import targets
 
@@ -106,9 +106,36 @@ def test_complement_resumes_the_softmax(context) -> None:
 
 
 def test_the_mask_may_follow_the_measured_mass(context) -> None:
-    ops, names, *_ = run(context, Phase.REFRESH, mask="mass")
-    assert "block_mass_0" in names and "new_video_0" in names
-    assert ops.count("aten.copy_.default") == 4
+    ops, names, *_, ctx = run(context, Phase.REFRESH, mask="mass")
+    lists = ["kv_num_blocks_0", "kv_indices_0"]
+    assert names == [*lists, "block_mass_0", "lse_prev_0", "new_video_0", "residual_0"]
+    assert ops.count("aten.copy_.default") == 5 and ops.count("aten.where.self") == 1
+    graph = ctx.capture.module.graph
+    (refresh,) = graph.find_nodes(op="call_function", target=qs.refresh_attention.default)
+    (select,) = graph.find_nodes(op="call_function", target=qs.select_blocks.default)
+    (where,) = graph.find_nodes(op="call_function", target=torch.ops.aten.where.self)
+    assert select.args[0] is where and where.args[2].target is qs.block_scores.default
+    before = refresh.args[9]
+    assert before.target is torch.ops.aten.masked_fill.Scalar
+    assert [str(a) for a in before.args] == ["lse_prev_0", "new_video_0", "-inf"]
+    copies = {n.args[0].name: n.args[1] for n in graph.nodes if n.target is torch.ops.aten.copy_.default}
+    assert copies["lse_prev_0"].args == (refresh, 1)
+    stored = copies["block_mass_0"]
+    assert stored.meta["val"].dtype == torch.bfloat16 and stored.args[0].args == (refresh, 4)
+    ops, names, *_ = run(context, Phase.SPARSE, mask="mass")
+    assert names == [*lists, "residual_0"], "a sparse step has no use for them"
+    ops, names, *_, ctx = run(context, Phase.REFRESH)
+    (refresh,) = ctx.capture.module.graph.find_nodes(op="call_function", target=qs.refresh_attention.default)
+    assert "lse_prev_0" not in names and refresh.args[9] is None
+
+
+def test_blocks_are_ranked_by_mass_only_where_there_is_some() -> None:
+    pooled, mass = torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4).bfloat16()
+    mass[0, 0, 1], mass[0, 0, 2, 3] = 0, float("nan")
+    ranked = _by_mass(torch.tensor(False), pooled, mass)
+    for row, wanted in enumerate((mass, pooled, pooled, mass)):
+        assert torch.equal(ranked[0, 0, row], wanted[0, 0, row].float())
+    assert torch.equal(_by_mass(torch.tensor(True), pooled, mass), pooled)
 
 
 @pytest.mark.parametrize(
