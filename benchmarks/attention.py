@@ -37,13 +37,14 @@ from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 import qs_compiler
 from qs_compiler._compat import inductor_config
 from qs_compiler.lowering import collect_fallbacks, refresh_attention, register_lowerings
+from qs_compiler.options import ATTENTIONS
 from qs_compiler.passes.quantize_attention import quantize_queries
 
 quantsparse = torch.ops.quantsparse
 RESULTS = Path(__file__).parent / "results" / "attention.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the script can be tried, not measured
 BLOCK = 128
-KINDS = ["int8-fp8", "int8", "bf16"]
+KINDS = ["int8-fp8", "fp8", "int8", "bf16"]
 PARTS = ["ours", "refresh", "anchors", "rule"]
 SHAPES = {  # tokens, heads, head width of one self-attention
     "hunyuan": (119_056, 24, 128),  # HunyuanVideo-13B, 720p x 129 frames
@@ -103,9 +104,10 @@ def prologue(kind: str, q, k, v):
     """What a kernel needs of q, k, v, as the pass quantize_attention makes it: codes and their scales."""
     if kind == "bf16":
         return q, k, v, None, None, None
-    k, k_scale, smooth = quantsparse.quantize_keys(k, None, BLOCK)
-    q, q_scale = quantize_queries(q, smooth)
-    v, v_scale = quantsparse.pack_values(v) if kind == "int8-fp8" else (v, None)
+    formats = ATTENTIONS[kind]
+    k, k_scale, smooth = quantsparse.quantize_keys(k, None, BLOCK, formats.qk)
+    q, q_scale = quantize_queries(q, smooth, formats.qk)
+    v, v_scale = (v, None) if formats.v is None else quantsparse.pack_values(v)
     return q, k, v, q_scale, k_scale, v_scale
 
 

@@ -32,6 +32,13 @@ class Format(NamedTuple):
     activation: str  # "int8", "fp8", "int6", "int4" or "none": computed in 16 bit
 
 
+class Operands(NamedTuple):
+    """What q and k, and v, of an attention are quantised to: "int8", "fp8", or None: 16 bit."""
+
+    qk: str | None
+    v: str | None
+
+
 FORMATS = {
     "off": Format(None, "none"),
     "w8a8": Format("int8", "int8"),
@@ -43,7 +50,12 @@ FORMATS = {
     "w6a6": Format("int6", "int6"),  # simulated in int8
     "w4a4": Format("int4", "int4"),  # simulated: int4 storage, int8 arithmetic
 }
-ATTENTIONS = ("16bit", "int8", "int8-fp8")
+ATTENTIONS = {
+    "16bit": Operands(None, None),
+    "int8": Operands("int8", None),
+    "int8-fp8": Operands("int8", "fp8"),
+    "fp8": Operands("fp8", "fp8"),
+}
 CORRECTIONS = ("none", "first_order", "second_order", "complement", "mixture")
 GAINS = ("0", "1", "k/tau", "clipped")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -61,7 +73,7 @@ class Recipe:
         format: a name in FORMATS; `off` leaves the linears in 16 bit.
         density: fraction of the key blocks that a sparse step keeps, always-kept blocks included; 1 is dense.
         attention: operands of the self-attentions that run on this backend's kernels: `16bit`; `int8` codes of q, and
-            of k less its mean; or those and float8 values, `int8-fp8`.
+            of k less its mean; those and float8 values, `int8-fp8`; or float8 codes of all three, `fp8`.
         block_size: tokens of a query block and of a key block.
         mask: what ranks the key blocks: `pooled` q and k; the `mass` of the last refresh, pooled in the first two of a
             video; or places alone: `spatial` or `temporal` bands, `radial` decay (runtime/token_layout.py).
@@ -96,7 +108,7 @@ class Recipe:
 
     format: str = "w8a8"
     density: float = 1.0
-    attention: Literal["16bit", "int8", "int8-fp8"] = "16bit"
+    attention: Literal["16bit", "int8", "int8-fp8", "fp8"] = "16bit"
     block_size: int = 128
     mask: Literal["pooled", "mass", "spatial", "temporal", "radial"] = "pooled"
     token_order: Literal["rows", "tiles"] = "rows"
@@ -117,7 +129,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_format_and_density(self.format, self.density)
-        _one_of("attention", self.attention, ATTENTIONS)
+        _one_of("attention", self.attention, tuple(ATTENTIONS))
         _one_of("block_size", self.block_size, (64, 128))
         _one_of("mask", self.mask, MASKS)
         _one_of("token_order", self.token_order, ("rows", "tiles"))

@@ -143,6 +143,10 @@ WRONG_RECIPES: list[tuple[Any, str]] = [
     (None, "a recipe is a name, a dict or a Recipe, not NoneType"),
     ({"formt": "w8a8"}, "'formt' is not a field of a recipe; did you mean 'format'? Choose from: always_keep,"),
     ({1: "w8a8"}, "'1' is not a field of a recipe. Choose from: always_keep, attention"),
+    (
+        {"attention": "fp4"},
+        "attention 'fp4' is not known; did you mean 'fp8'? Choose from: 16bit, int8, int8-fp8, fp8.",
+    ),
     ({"format": "w8a8-d25"}, f"format 'w8a8-d25' is not known; did you mean 'w8a8'? Choose from: {FORMAT_LIST}."),
     ({"format": None}, "format None is not known. Choose from"),
     ({"format": ["w8a8"]}, "format ['w8a8'] is not known. Choose from"),

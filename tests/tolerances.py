@@ -27,6 +27,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / norm) if norm > 0 else float(difference)
 
 
+def codes_apart(actual: torch.Tensor, expected: torch.Tensor) -> int:
+    """How far two results in int8 or float8 lie apart at most, counted in codes: neighbours by 1."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    bits = [x.view(torch.int8).int() for x in (actual, expected)]
+    if actual.dtype != torch.int8:  # sign and magnitude, whose order is that of the numbers
+        bits = [torch.where(x < 0, -(x & 127), x) for x in bits]
+    return int((bits[0] - bits[1]).abs().max())
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
     """Same shape, and a relative error within the table's entry for the dtype of `actual`, or within `tolerance`."""
     assert actual.shape == expected.shape

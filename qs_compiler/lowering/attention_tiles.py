@@ -104,7 +104,7 @@ def tile_configs(q, v, block_size: int, plain: bool = False) -> list[dict]:
 
 
 def preferred_tiles(q, v, plain: bool) -> list[tuple[int, int, int, int]]:
-    """BLOCK_M, BLOCK_N, stages and warps as measured on an H100 (benchmarks/results/attention.json)."""
+    """BLOCK_M, BLOCK_N, stages and warps as measured on an H100 (benchmarks/results/attention.json); float8 as int8."""
     if v.get_dtype() == torch.uint8:
         return [(64, 128, 3 if padded_head(q) <= 64 else 2, 4)]
     if q.get_dtype().itemsize == 1:

@@ -221,6 +221,7 @@ def attend_blocks(
             start = tl.full([BLOCK_M, BLOCK_N], OFFSET_BITS, tl.int32)
             scores = tl.dot(q, keys.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
         else:
+            # Sums of HEAD float8 products may lose bits, but less than the codes' own rounding did.
             scores = tl.dot(q, keys.T, input_precision="ieee")
         columns = key + tl.arange(0, BLOCK_N)
         f = factor

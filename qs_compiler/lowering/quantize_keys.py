@@ -11,14 +11,16 @@ from ..ops.formats import FORMATS, TINY_AMAX
 from ..ops.quantize_keys import LARGEST, LEAST_VARIANCE
 from .block_scores import blocks_of, key_length
 from .decode import f32
+from .device_support import call_reference, why_no_dtype
 
 OP = torch.ops.quantsparse.quantize_keys.default
-INT8 = FORMATS["int8"]
 
 
 @register_lowering(OP, type_promotion_kind=None)
-def lower_quantize_keys(k, kv_len, block_size):
-    device = k.get_device()
+def lower_quantize_keys(k, kv_len, block_size, format="int8"):
+    form, device = FORMATS[format], k.get_device()
+    if (reason := why_no_dtype(device, form.dtype)) is not None:
+        return call_reference(OP, reason, k, kv_len, block_size, format)
     batch, heads, tokens, depth = k.get_size()
     blocks = blocks_of(tokens, block_size)
     k.realize()  # read three times
@@ -90,17 +92,17 @@ def lower_quantize_keys(k, kv_len, block_size):
         return ops.maximum(load_peak(index), ops.constant(TINY_AMAX, f32))
 
     def scale(index):
-        return divide_to_nearest(amax(index), ops.constant(INT8.qmax, f32))
+        return divide_to_nearest(amax(index), ops.constant(form.qmax, f32))
 
     def code(index):
         b, h, block, row, d = index
         evened = key(b, h, block * block_size + row, d, even)
-        scaled = ops.mul(evened, divide_to_nearest(ops.constant(INT8.qmax, f32), amax([b, h, block])))
-        return ops.to_dtype(ops.round(scaled), INT8.dtype)
+        scaled = ops.mul(evened, divide_to_nearest(ops.constant(form.qmax, f32), amax([b, h, block])))
+        return ops.to_dtype(scaled if form.dtype.is_floating_point else ops.round(scaled), form.dtype)
 
     # Whole blocks in memory: over the tokens alone, the codes would not share a loop with the maxima.
     codes = L.view(
-        pointwise(INT8.dtype, code, [batch, heads, blocks, block_size, depth]),
+        pointwise(form.dtype, code, [batch, heads, blocks, block_size, depth]),
         [batch, heads, blocks * block_size, depth],
     )
     return L.slice_(codes, 2, 0, tokens), pointwise(f32, scale, peak.get_size()), smooth

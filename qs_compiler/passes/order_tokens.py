@@ -26,8 +26,7 @@ from torch import fx
 
 from .. import _compat
 from ..runtime.token_layout import Grid, LayoutInput, TokenLayout
-from .base import GraphPass, PassContext, PassResult, Phase, upstream
-from .quantize_linear import _call
+from .base import GraphPass, PassContext, PassResult, Phase, call, upstream
 
 aten = torch.ops.aten
 _CONVOLUTIONS = {3: (aten.conv3d.default, aten.conv3d.padding), 2: (aten.conv2d.default, aten.conv2d.padding)}
@@ -73,11 +72,11 @@ def reorder(graph: fx.Graph, node: fx.Node, layout: TokenLayout, context: PassCo
     with graph.inserting_before(node):
         for operand in node.args[:3]:
             if operand not in moved:
-                moved[operand] = _call(graph, node, aten.index_select.default, operand, 2, order)
+                moved[operand] = call(graph, node, aten.index_select.default, operand, 2, order)
     node.args = (*(moved[operand] for operand in node.args[:3]), *node.args[3:])
     users = list(node.users)
     with graph.inserting_after(node):
-        back = _call(graph, node, aten.index_select.default, node, 2, inverse)
+        back = call(graph, node, aten.index_select.default, node, 2, inverse)
     for user in users:
         user.replace_input_with(node, back)
 

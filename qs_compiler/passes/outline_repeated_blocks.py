@@ -24,8 +24,7 @@ from torch import fx
 
 from .. import _compat
 from ..blocks import assign_parts, block_of, canonical, repeated_blocks
-from .base import GraphPass, PassContext, PassResult
-from .quantize_linear import _call
+from .base import GraphPass, PassContext, PassResult, call
 
 
 class OutlineRepeatedBlocks(GraphPass):
@@ -97,5 +96,5 @@ def _one_batch(view: fx.Node) -> fx.Node:
     if not isinstance(batch, int) or batch != 1:  # a symbolic one is not known to be 1
         return view
     with view.graph.inserting_before(view.next):
-        squeezed = _call(view.graph, view, torch.ops.aten.squeeze.dim, view, 0)
-        return _call(view.graph, view, torch.ops.aten.unsqueeze.default, squeezed, 0)
+        squeezed = call(view.graph, view, torch.ops.aten.squeeze.dim, view, 0)
+        return call(view.graph, view, torch.ops.aten.unsqueeze.default, squeezed, 0)

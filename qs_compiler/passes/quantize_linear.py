@@ -26,8 +26,7 @@ from torch import fx
 
 from .. import _compat
 from ..blocks import block_of, repeated_blocks
-from .base import GraphPass, PassContext, PassResult
-from .base import call as _call
+from .base import GraphPass, PassContext, PassResult, call
 
 aten = torch.ops.aten
 KEPT = "kept in 16 bit by the recipe"
@@ -70,8 +69,8 @@ class QuantizeLinear(GraphPass):
                 xq, xs = quantised[key]
                 if wq.meta["val"].dtype == torch.uint8:
                     dtype = xq.meta["val"].dtype
-                    wq = _call(graph, node, torch.ops.quantsparse.expand_w4.default, wq, multipliers, dtype)
-                new = _call(
+                    wq = call(graph, node, torch.ops.quantsparse.expand_w4.default, wq, multipliers, dtype)
+                new = call(
                     graph, node, torch.ops.quantsparse.linear.default, xq, xs, wq, ws, bias, node.meta["val"].dtype
                 )
             node.replace_all_uses_with(new)
@@ -94,8 +93,8 @@ class QuantizeLinear(GraphPass):
         for_all = made_outside and smooth is None and rotation is None
         like, place = (x, x.next) if for_all else (node, node)
         with graph.inserting_before(place):
-            rows = _call(graph, like, torch.ops.quantsparse.quantize_rows.default, *key)
-            return _call(graph, like, operator.getitem, rows, 0), _call(graph, like, operator.getitem, rows, 1)
+            rows = call(graph, like, torch.ops.quantsparse.quantize_rows.default, *key)
+            return call(graph, like, operator.getitem, rows, 0), call(graph, like, operator.getitem, rows, 1)
 
 
 def why_not(node: fx.Node, context: PassContext, blocks: dict[tuple[str, str], int]) -> str | None:

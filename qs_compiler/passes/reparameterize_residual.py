@@ -41,8 +41,7 @@ from torch import fx
 from ..ops.expand_w4 import join_nibbles, unpack_int4
 from ..runtime.cache_layout import FACTORS, SCALES, VALUES, cache_rank, cache_slots
 from ..runtime.inputs import HeadGains
-from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice
-from .quantize_linear import _call
+from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, call, splice
 from .sparsify_attention import _fake, cache_input, flag
 
 aten, qs = torch.ops.aten, torch.ops.quantsparse
@@ -73,11 +72,11 @@ class ReparameterizeResidual(GraphPass):
         recipe, site = context.recipe, node.meta["qs_site"]
         anchor = node.next
         with graph.inserting_before(anchor):
-            correction = _call(graph, node, operator.getitem, node, 2)
-            lse = _call(graph, node, operator.getitem, node, 3)
+            correction = call(graph, node, operator.getitem, node, 2)
+            lse = call(graph, node, operator.getitem, node, 3)
         if recipe.correction == "mixture":
             with graph.inserting_before(anchor):
-                dense, dense_lse = (_call(graph, node, operator.getitem, node, i) for i in (0, 1))
+                dense, dense_lse = (call(graph, node, operator.getitem, node, i) for i in (0, 1))
             gains = gains_input(context, site, correction)
             correction, kept_weight = splice(graph, anchor, _mixture, dense, dense_lse, correction, lse, gains)
         caches = residual_inputs(context, site, correction)
@@ -97,7 +96,7 @@ class ReparameterizeResidual(GraphPass):
             stored += (kept_weight,)
         with graph.inserting_before(anchor):
             for cache, new in zip(caches, stored, strict=True):
-                _call(graph, node, aten.copy_.default, cache, new)
+                call(graph, node, aten.copy_.default, cache, new)
 
     def read(self, graph: fx.Graph, node: fx.Node, context: PassContext) -> None:
         """Use the caches in a sparse step."""
@@ -128,7 +127,7 @@ class ReparameterizeResidual(GraphPass):
             new = splice(graph, out.next, _weighted, out, cache_input(context, site, "kept_weight", out))
         for term in terms:
             with graph.inserting_after(new):
-                new = _call(graph, node, qs.add_residual.default, new, *term)
+                new = call(graph, node, qs.add_residual.default, new, *term)
         for consumer in consumers:
             consumer.replace_input_with(out, new)
 

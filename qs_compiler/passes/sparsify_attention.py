@@ -42,8 +42,7 @@ from ..errors import RecipeError
 from ..runtime.cache_layout import MASS, block_budget, cache_slots, probe_stride
 from ..runtime.inputs import Cached, Scalar
 from ..runtime.token_layout import STATIC_MASKS, LayoutInput, layout_tensor
-from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, splice, upstream
-from .quantize_linear import _call
+from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, call, splice, upstream
 from .trim_padding_mask import attention_mask
 
 aten, qs = torch.ops.aten, torch.ops.quantsparse
@@ -105,14 +104,14 @@ class SparsifyAttention(GraphPass):
             probe, drift = (cache_input(context, site, slot, q) for slot in ("probe", "drift"))
             moved = splice(graph, node, _drift, q, probe)
             with graph.inserting_before(node):
-                _call(graph, node, aten.copy_.default, drift, moved)
+                call(graph, node, aten.copy_.default, drift, moved)
         with graph.inserting_before(node):
-            both = _call(
+            both = call(
                 graph, node, qs.sparse_attention.default, q, k, v, None, None, None, *lists, node.meta.get("kv_len"),
                 None, None, _scale(node), context.recipe.block_size, node.meta["val"].dtype,
             )  # fmt: skip
             both.meta["qs_site"] = site
-            return _call(graph, node, operator.getitem, both, 0)
+            return call(graph, node, operator.getitem, both, 0)
 
     def refresh(self, graph: fx.Graph, node: fx.Node, site: AttentionSite, context: PassContext) -> fx.Node:
         """The dense form that renews the block lists."""
@@ -127,7 +126,7 @@ class SparsifyAttention(GraphPass):
             renewed = splice(graph, node, _renewed, q)
             with graph.inserting_before(node):
                 for slot, new in zip(("probe", "drift"), renewed, strict=True):
-                    _call(graph, node, aten.copy_.default, cache_input(context, site, slot, q), new)
+                    call(graph, node, aten.copy_.default, cache_input(context, site, slot, q), new)
         mass = before = None
         if recipe.mask == "mass":
             mass, lse_prev = (cache_input(context, site, slot, q) for slot in ("block_mass", "lse_prev"))
@@ -146,18 +145,18 @@ class SparsifyAttention(GraphPass):
         stored = (kept[0], splice(graph, node, _listed, kept[1], site.budget))
         with graph.inserting_before(node):
             correction = "complement" if recipe.correction == "complement" else "residual"
-            many = _call(
+            many = call(
                 graph, node, qs.refresh_attention.default, q, k, v, None, None, None, *kept, kv_len, before, correction,
                 _scale(node), recipe.block_size, node.meta["val"].dtype,
             )  # fmt: skip
             many.meta["qs_site"] = site
             for cache, new in zip(lists, stored, strict=True):
-                _call(graph, node, aten.copy_.default, cache, new)
+                call(graph, node, aten.copy_.default, cache, new)
             if mass is not None:
-                lse, new_mass = (_call(graph, node, operator.getitem, many, i) for i in (1, 4))
-                _call(graph, node, aten.copy_.default, lse_prev, lse)
-                _call(graph, node, aten.copy_.default, mass, splice(graph, node, _stored_mass, new_mass))
-            return _call(graph, node, operator.getitem, many, 0)
+                lse, new_mass = (call(graph, node, operator.getitem, many, i) for i in (1, 4))
+                call(graph, node, aten.copy_.default, lse_prev, lse)
+                call(graph, node, aten.copy_.default, mass, splice(graph, node, _stored_mass, new_mass))
+            return call(graph, node, operator.getitem, many, 0)
 
 
 def why_not_ours(node: fx.Node) -> str | None:

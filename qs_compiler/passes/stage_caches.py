@@ -17,8 +17,7 @@ import torch
 from torch import fx
 
 from ..runtime.inputs import Cached
-from .base import GraphPass, PassContext, PassResult
-from .quantize_linear import _call
+from .base import GraphPass, PassContext, PassResult, call
 
 aten, qs = torch.ops.aten, torch.ops.quantsparse
 
@@ -58,11 +57,11 @@ class StageCaches(GraphPass):
             first = min(readers, key=order.__getitem__)
             like = q if order[q] < order[first] else weight  # after q, so that it does not come in too early
             with graph.inserting_before(first):
-                fetched = _call(graph, first, qs.fetch.default, like, cache, list(value.shape), value.dtype)
+                fetched = call(graph, first, qs.fetch.default, like, cache, list(value.shape), value.dtype)
             for reader in readers:
                 reader.replace_input_with(cache, fetched)
         for write in writes:
             with graph.inserting_before(write):
-                sent = _call(graph, write, qs.send.default, write.args[1], cache, fetched)
+                sent = call(graph, write, qs.send.default, write.args[1], cache, fetched)
             write.args = (cache, sent)
             write.meta["val"] = cache.meta["val"]

@@ -8,7 +8,7 @@ from qs_compiler.ops import pack_int4
 from qs_compiler.ops.formats import FORMATS
 from tests.lowering.compiled import compiled, library_calls
 from tests.ops.attention_cases import BLOCK, block_lists, random_qkv
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, codes_apart
 
 quantsparse = torch.ops.quantsparse
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,17 +54,18 @@ def test_rotated_rows_and_weights():
     assert_close(weight, wanted_weight)
 
 
-def test_quantize_keys():
+@pytest.mark.parametrize("name", ("int8", "fp8"))
+def test_quantize_keys(name):
     def function(kv_len, *inputs):
-        plain = [quantsparse.quantize_keys(x, None, BLOCK) for x in inputs]
-        return [*plain, quantsparse.quantize_keys(inputs[0], kv_len, BLOCK)]
+        plain = [quantsparse.quantize_keys(x, None, BLOCK, name) for x in inputs]
+        return [*plain, quantsparse.quantize_keys(inputs[0], kv_len, BLOCK, name)]
 
     inputs = [3 + torch.randn(2, 2, rows, 24).to(FLOATS[i % 3]) for i, rows in enumerate(ROWS[::-1])]
     args = torch.tensor([257, 70]), *inputs
     got, code = compiled(function, *args)
     assert library_calls(code) == []
     for (codes, *scales), (wanted, *wanted_scales) in zip(got, function(*args), strict=True):
-        assert codes.dtype == torch.int8 and (codes.int() - wanted.int()).abs().max() <= 1  # sums in another order
+        assert codes.dtype == FORMATS[name].dtype and codes_apart(codes, wanted) <= 1  # sums in another order
         for scale, wanted_scale in zip(scales, wanted_scales, strict=True):
             assert_close(scale, wanted_scale, 1e-4)  # of keys less a mean of the same size
 

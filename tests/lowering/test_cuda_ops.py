@@ -13,7 +13,7 @@ from tests.kernel_text import compile_offline, kernel_sources
 from tests.lowering.compiled import library_calls
 from tests.lowering.interpret import interpret
 from tests.ops.attention_cases import BLOCK, random_qkv
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, codes_apart
 
 quantsparse = torch.ops.quantsparse
 fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
@@ -173,25 +173,27 @@ def test_pack_values_is_bit_exact(tmp_path):
         assert result.dtype == wanted.dtype and torch.equal(result, wanted)
 
 
-def test_quantize_keys_reads_each_block_in_one_kernel(tmp_path):
+@pytest.mark.parametrize("name", ("int8", "fp8"))
+def test_quantize_keys_reads_each_block_in_one_kernel(name, tmp_path):
     def function(k, kv_len):
-        return quantsparse.quantize_keys(k, kv_len, BLOCK)
+        return quantsparse.quantize_keys(k, kv_len, BLOCK, name)
 
     args = torch.randn(2, 75, 3, 16).to(bf16).transpose(1, 2) + 3, torch.tensor([75, 40])
     text, (codes, *scales) = generated(function, args, tmp_path)
     # The sums over the tokens with what is made of them; the maxima with their scales and codes.
     assert len(kernel_sources(text)) == 2
     wanted, *wanted_scales = function(*args)
-    assert codes.dtype == torch.int8 and (codes.int() - wanted.int()).abs().max() <= 1  # sums in another order
+    assert codes.dtype == FORMATS[name].dtype and codes_apart(codes, wanted) <= 1  # sums in another order
     for scale, wanted_scale in zip(scales, wanted_scales, strict=True):
         assert_close(scale, wanted_scale)
 
 
-def test_quantize_keys_compiles_for_many_channels_a_program(tmp_path):
+@pytest.mark.parametrize("name", ("int8", "fp8"))
+def test_quantize_keys_compiles_for_many_channels_a_program(name, tmp_path):
     """Triton 3.6 fails on a reduction that stores smoothing, mean and the reciprocal of the smoothing."""
     with torch.device("meta"):
         k = torch.empty(2, 4, 4096, 128, dtype=bf16)
-    sources = kernel_sources(cuda_code(lambda k: quantsparse.quantize_keys(k, None, 128), k))
+    sources = kernel_sources(cuda_code(lambda k: quantsparse.quantize_keys(k, None, 128, name), k))
     reductions = [source for name, source in sources.items() if name.startswith(("triton_per", "triton_red"))]
     assert len(reductions) >= 3
     for source in reductions:

@@ -6,7 +6,7 @@ import torch
 from qs_compiler.lowering import attention_tiles, collect_fallbacks, refresh_attention
 from qs_compiler.ops.refresh_attention import CORRECTIONS
 from qs_compiler.passes.sparsify_attention import _by_mass, _stored_mass, _unless_first
-from tests.fake_h100 import SHARED_MEMORY, cuda_code
+from tests.fake_h100 import DEVICE_SHARED_MEMORY, cuda_code
 from tests.kernel_text import compile_offline, kernel_sources
 from tests.lowering.compiled import library_calls
 from tests.lowering.interpret import interpret
@@ -85,10 +85,11 @@ def test_whole_blocks_only_and_lists_that_keep_nothing_or_all(tmp_path):
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-def test_tiles_of_one_query_block_share_its_mass(correction, tmp_path):
+@pytest.mark.parametrize("code", (torch.int8, fp8))
+def test_tiles_of_one_query_block_share_its_mass(code, correction, tmp_path):
     """Blocks of 128 in tiles of 64 queries; the last block has rows in one tile only."""
     q, k, v = random_qkv(1, 2, 1, 129 + 128, 150, 32, torch.float32)
-    codes = [x.mul(40).clamp(-120, 120).to(torch.int8) for x in (q, k)]
+    codes = [x.mul(40).clamp(-120, 120).to(code) for x in (q, k)]
     packed, v_scale = quantsparse.pack_values(v)
     scales = torch.rand(1, 2, 257) * 0.02 + 1e-3, torch.rand(1, 1, 150) * 0.02 + 1e-3, v_scale
     lists = complete_lists(1, 2, 257, 150, 128)
@@ -148,7 +149,7 @@ def two_launches(monkeypatch):
     monkeypatch.setattr(refresh_attention, "LAUNCHES", 2)
 
 
-@pytest.mark.parametrize(("dtype", "launches"), ((torch.int8, 2), (bf16, 1)))
+@pytest.mark.parametrize(("dtype", "launches"), ((torch.int8, 2), (fp8, 2), (bf16, 1)))
 def test_the_form_that_measured_faster_is_the_default(dtype, launches):
     function, args = large_case(128, dtype, "residual", 4)
     text = cuda_code(function, *args)
@@ -169,12 +170,13 @@ def test_two_launches_give_what_one_gives(two_launches, tmp_path):
         refresh(*whole, (counts, indices), "complement", outputs=4),
     ]
     q, k, v = random_qkv(1, 2, 1, 140, 150, 32, torch.float32)
-    codes = [x.mul(40).clamp(-120, 120).to(torch.int8) for x in (q, k)]
     packed, v_scale = quantsparse.pack_values(v)
     scales = torch.rand(1, 2, 140) * 0.02 + 1e-3, torch.rand(1, 1, 2) * 0.02 + 1e-3, v_scale
     lists = complete_lists(1, 2, 140, 150, 128)
-    cases.append(refresh(*codes, packed, lists, "residual", scales=scales, dtype=bf16, block=128, outputs=4))
-    texts = check(cases, tmp_path, [None, None, FP8_WEIGHTS_ERROR])
+    for code in (torch.int8, fp8):
+        codes = [x.mul(40).clamp(-120, 120).to(code) for x in (q, k)]
+        cases.append(refresh(*codes, packed, lists, "residual", scales=scales, dtype=bf16, block=128, outputs=4))
+    texts = check(cases, tmp_path, [None, None, FP8_WEIGHTS_ERROR, FP8_WEIGHTS_ERROR])
     assert all(list(kernel_sources(text)) == ["triton_tem_fused_0", "triton_tem_fused_1"] for text in texts)
 
 
@@ -230,9 +232,10 @@ def test_a_refresh_ranks_by_mass_and_leaves_the_next_one(dtype, tmp_path):
     assert not torch.equal(first[3], later[3])
 
 
-def test_two_launches_leave_three_programs_to_a_multiprocessor(two_launches, tmp_path):
+@pytest.mark.parametrize("code", (torch.int8, fp8))
+def test_two_launches_leave_three_programs_to_a_multiprocessor(code, two_launches, tmp_path):
     """65,536 registers hold 3 programs of 128 threads at up to 168 each; without spills, mass and residual included."""
-    function, args = large_case(128, torch.int8, "residual", 5, lse_prev=True)
+    function, args = large_case(128, code, "residual", 5, lse_prev=True)
     sources = kernel_sources(cuda_code(function, *args))
     templates = [text for name, text in sources.items() if "_tem_" in name]
     assert len(templates) == 2 and "store_block_mass" not in "".join(templates)
@@ -276,26 +279,26 @@ def test_tokens_may_be_symbolic(tmp_path):
 
 
 def large_case(depth, dtype, correction, outputs, lse_prev=False):
-    """Shapes of real use, on the meta device. int8 stands for q and k; v is then packed float8."""
+    """Shapes of real use, on the meta device. int8 and float8 stand for q and k; v is then packed float8."""
     with torch.device("meta"):
         q = k = torch.empty(1, 4, 4096, depth, dtype=dtype)
         v, scales = q, NO_SCALES
-        if dtype == torch.int8:
+        if dtype.itemsize == 1:
             v = torch.empty(1, 4, depth, 4096, dtype=torch.uint8)
             scales = torch.empty(1, 4, 4096), torch.empty(1, 4, 32), torch.empty(1, 4, depth)
         lists = torch.empty(1, 4, 32, dtype=torch.int32), torch.empty(1, 4, 32, 32, dtype=torch.int32)
-        options = {"dtype": bf16 if dtype == torch.int8 else dtype, "block": 128, "outputs": outputs}
+        options = {"dtype": bf16 if dtype.itemsize == 1 else dtype, "block": 128, "outputs": outputs}
         options["lse_prev"] = torch.empty(1, 4, 4096) if lse_prev else None
         return refresh(q, k, v, lists, correction, scales=scales, **options)
 
 
 @pytest.mark.parametrize(
     ("dtype", "depth", "outputs"),
-    ((bf16, 64, 4), (bf16, 128, 5), (bf16, 256, 4), (torch.int8, 128, 5), (torch.float32, 64, 4)),
+    ((bf16, 64, 4), (bf16, 128, 5), (bf16, 256, 4), (torch.int8, 128, 5), (fp8, 128, 5), (torch.float32, 64, 4)),
 )
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", DEVICE_SHARED_MEMORY)
 def test_every_tile_compiles_and_fits(dtype, depth, outputs, capability, tmp_path):
-    if dtype == torch.int8 and capability < (8, 9):
+    if dtype.itemsize == 1 and capability < (8, 9):
         dtype = bf16  # no float8 there
     function, args = large_case(depth, dtype, "residual", outputs)
     with collect_fallbacks() as fallbacks:
@@ -304,9 +307,9 @@ def test_every_tile_compiles_and_fits(dtype, depth, outputs, capability, tmp_pat
     # The mass of a block that several tiles share is summed up in a kernel of its own.
     source, *_ = [text for name, text in sources.items() if "_tem_" in name]
     compiled = compile_offline(source, tmp_path, capability)
-    assert compiled.shared_memory <= SHARED_MEMORY[capability]
+    assert compiled.shared_memory <= DEVICE_SHARED_MEMORY[capability]
     if dtype != torch.float32:
-        assert ("wgmma" if capability == (9, 0) else "mma.sync") in compiled.ptx
+        assert {(9, 0): "wgmma", (10, 0): "tcgen05.mma"}.get(capability, "mma.sync") in compiled.ptx
 
 
 def test_emitted_as_cpp_it_uses_no_descriptors(monkeypatch):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qs_compiler.lowering import collect_fallbacks
-from tests.fake_h100 import SHARED_MEMORY, cuda_code
+from qs_compiler.options import ATTENTIONS
+from tests.fake_h100 import DEVICE_SHARED_MEMORY, SHARED_MEMORY, cuda_code
 from tests.kernel_text import compile_offline, kernel_sources
 from tests.lowering.compiled import library_calls
 from tests.lowering.interpret import interpret
@@ -98,18 +99,31 @@ def test_codes_with_scales_per_token_and_per_block(code, tmp_path):
         attend(q, k, values, lists, scales=(*per_block[:2], None), dtype=bf16),
     ]
     check(cases, tmp_path, 2 * RELATIVE_ERROR[bf16])
-    eight_bit = attend(q, k, packed, lists, scales=(*per_block[:2], packed_scale), dtype=bf16)
-    check([eight_bit], tmp_path, FP8_WEIGHTS_ERROR)
+    poisoned, kv_len = k.float(), torch.tensor([50])
+    poisoned[:, :, 50:] = float("nan") if code == fp8 else 127
+    short, short_scale = quantsparse.pack_values(values, kv_len)
+    eight_bit = [
+        attend(q, k, packed, lists, scales=(*per_block[:2], packed_scale), dtype=bf16),
+        attend(q, poisoned.to(code), short, lists, scales=(*per_block[:2], short_scale), kv_len=kv_len, dtype=bf16),
+    ]
+    check(eight_bit, tmp_path, FP8_WEIGHTS_ERROR)
 
 
-def test_heads_of_a_fused_projection_quantised_in_the_graph(tmp_path):
+def quantised(kind, q, k, v):
+    """Operands of attention as the pass makes them, of as many key heads as query heads."""
+    formats = ATTENTIONS[kind]
+    k, k_scale, smooth = quantsparse.quantize_keys(k, None, BLOCK, formats.qk)
+    q, q_scale = quantsparse.quantize_rows(q.float() * smooth.unsqueeze(2), None, None, formats.qk)
+    v, v_scale = (v, None) if formats.v is None else quantsparse.pack_values(v)
+    return (q, k, v), (q_scale, k_scale, v_scale)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), (("int8", 4 * RELATIVE_ERROR[bf16]), ("fp8", FP8_WEIGHTS_ERROR)))
+def test_heads_of_a_fused_projection_quantised_in_the_graph(kind, tolerance, tmp_path):
     """What makes the codes and their scales follows the projection's strides unless the kernel holds their layouts."""
 
     def function(fused, counts, indices):
-        q, k, v = fused.permute(2, 0, 3, 1, 4)
-        k, k_scale, smooth = quantsparse.quantize_keys(k, None, BLOCK)
-        q, q_scale = quantsparse.quantize_rows(q.float() * smooth.unsqueeze(2), None, None, "int8")
-        scales = q_scale, k_scale, None
+        (q, k, v), scales = quantised(kind, *fused.permute(2, 0, 3, 1, 4))
         return quantsparse.sparse_attention(q, k, v, *scales, counts, indices, None, None, None, 0.2, BLOCK, bf16)
 
     fused = (torch.randn(1, 70, 3, 4, 32) * torch.rand(70, 1, 4, 1).mul(3).exp()).to(bf16)
@@ -117,14 +131,17 @@ def test_heads_of_a_fused_projection_quantised_in_the_graph(tmp_path):
     text = cuda_code(function, *args)
     [(o, lse)] = interpret([(text, args)], tmp_path)
     wanted_o, wanted_lse = function(*args)
-    assert_close(o, wanted_o, 4 * RELATIVE_ERROR[bf16])
+    assert_close(o, wanted_o, tolerance)
     assert_close(lse, wanted_lse, RELATIVE_ERROR[bf16])
 
 
-@pytest.mark.parametrize("step", (2.0, 1e4, 1e30))
-def test_huge_scores_give_one_key_and_no_infinity(step, tmp_path):
-    """A unit of the integer sum is worth more than any weight: the largest sum has all, however its float rounds."""
-    q, k = (torch.randint(-127, 128, (1, 2, n, 32), dtype=torch.int8) for n in (70, 32))
+@pytest.mark.parametrize(("code", "step"), ((torch.int8, 2.0), (torch.int8, 1e4), (torch.int8, 1e30), (fp8, 2.0)))
+def test_huge_scores_give_one_key_and_no_infinity(code, step, tmp_path):
+    """A unit of the integer sum is worth more than any weight: the largest sum has all, however its float rounds.
+
+    float8 scores are floats, like 16-bit ones: of some millions here.
+    """
+    q, k = (torch.randint(-127, 128, (1, 2, n, 32), dtype=torch.int8).to(code) for n in (70, 32))
     v = torch.randn(1, 2, 32, 32).mul(1e30).to(bf16)
     one = torch.ones(1, dtype=torch.int32)
     lists = one.expand(1, 2, 3).contiguous(), (0 * one).expand(1, 2, 3, 1).contiguous()
@@ -184,22 +201,37 @@ def test_tokens_may_be_symbolic(tmp_path):
             assert_close(result, wanted)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "depth"), ((bf16, 64), (bf16, 128), (bf16, 256), (torch.int8, 128), (torch.float32, 64))
-)
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_every_tile_compiles_and_fits(depth, capability, dtype, tmp_path):
+def large_case(depth, dtype, v_dtype, state=(None, None)):
+    """Shapes of real use, on the meta device. v_dtype uint8 stands for packed float8 values."""
     with torch.device("meta"):
         q = k = torch.empty(1, 4, 4096, depth, dtype=dtype)
-        scales = (torch.empty(1, 4, 4096), torch.empty(1, 4, 32), None) if dtype == torch.int8 else (None, None, None)
-        v = torch.empty(1, 4, 4096, depth, dtype=bf16 if dtype == torch.int8 else dtype)
+        packed, coded = v_dtype == torch.uint8, dtype.itemsize == 1
+        v = torch.empty(1, 4, *((depth, 4096) if packed else (4096, depth)), dtype=v_dtype)
+        scales = (torch.empty(1, 4, 4096), torch.empty(1, 4, 32)) if coded else (None, None)
+        scales = *scales, torch.empty(1, 4, depth) if packed else None
         lists = torch.empty(1, 4, 32, dtype=torch.int32), torch.empty(1, 4, 32, 32, dtype=torch.int32)
-        case = attend(q, k, v, lists, scales=scales, dtype=v.dtype, block=128)
-    [source] = kernel_sources(cuda_code(case[0], *case[1], capability=capability)).values()
+        return attend(q, k, v, lists, scales=scales, state=state, dtype=bf16 if coded else dtype, block=128)
+
+
+B200 = (10, 0)
+FORMS = (bf16, bf16), (torch.int8, bf16), (torch.int8, torch.uint8), (fp8, torch.uint8), (torch.float32, torch.float32)
+TARGETS = [(*form, target) for form in FORMS for target in SHARED_MEMORY if form[1] != torch.uint8 or target > (8, 0)]
+CASES = [(depth, *case) for case in TARGETS for depth in ((64, 128, 256) if case[0] == bf16 else (128,))]
+CASES += [(depth, code, torch.uint8, B200) for code in (torch.int8, fp8) for depth in (64, 128)]
+
+
+@pytest.mark.parametrize(("depth", "dtype", "v_dtype", "capability"), CASES)
+def test_every_tile_compiles_and_fits(depth, dtype, v_dtype, capability, tmp_path):
+    function, args = large_case(depth, dtype, v_dtype)
+    [source] = kernel_sources(cuda_code(function, *args, capability=capability)).values()
     compiled = compile_offline(source, tmp_path, capability)
-    assert compiled.shared_memory <= SHARED_MEMORY[capability]
+    assert compiled.shared_memory <= DEVICE_SHARED_MEMORY[capability]
     if dtype != torch.float32:
-        assert ("wgmma" if capability == (9, 0) else "mma.sync") in compiled.ptx
+        assert {(9, 0): "wgmma", B200: "tcgen05.mma"}.get(capability, "mma.sync") in compiled.ptx
+    # Triton has no int8 for the tensor cores of compute capability 10: those of before multiply q and k.
+    assert capability != B200 or ("mma.sync" in compiled.ptx) == (dtype == torch.int8)
+    if v_dtype == torch.uint8:
+        assert compiled.spilled_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -209,19 +241,15 @@ def test_every_tile_compiles_and_fits(depth, capability, dtype, tmp_path):
         (bf16, 128, True, (128, 64, 3, 8)),
         (torch.int8, 128, False, (64, 128, 2, 4)),
         (torch.int8, 64, False, (64, 128, 3, 4)),
+        (fp8, 128, False, (64, 128, 2, 4)),  # int8's
+        (fp8, 64, False, (64, 128, 3, 4)),
     ),
 )
 def test_tiles_are_those_that_were_measured(dtype, depth, resumes, tile):
     with torch.device("meta"):
-        q = k = torch.empty(1, 4, 4096, depth, dtype=dtype)
-        v, scales, state = q, (None, None, None), (None, None)
-        if dtype == torch.int8:
-            v = torch.empty(1, 4, depth, 4096, dtype=torch.uint8)
-            scales = torch.empty(1, 4, 4096), torch.empty(1, 4, 32), torch.empty(1, 4, depth)
-        if resumes:
-            state = torch.empty(1, 4, 4096, depth, dtype=bf16), torch.empty(1, 4, 4096)
-        lists = torch.empty(1, 4, 32, dtype=torch.int32), torch.empty(1, 4, 32, 32, dtype=torch.int32)
-        function, args = attend(q, k, v, lists, scales=scales, state=state, dtype=bf16, block=128)
+        state = torch.empty(1, 4, 4096, depth, dtype=bf16), torch.empty(1, 4, 4096)
+    v_dtype = torch.uint8 if dtype.itemsize == 1 else dtype
+    function, args = large_case(depth, dtype, v_dtype, state if resumes else (None, None))
     text = cuda_code(function, *args)
     m, n, stages, warps = tile
     assert f"BLOCK_M : tl.constexpr = {m}" in text and f"BLOCK_N : tl.constexpr = {n}" in text
@@ -245,3 +273,20 @@ def test_what_the_template_cannot_do_is_reported(block, depth, capability, reaso
         text = cuda_code(function, *args, capability=capability)
     assert len(fallbacks) == 1 and fallbacks[0][0] == "sparse_attention" and reason in fallbacks[0][1]
     assert library_calls(text) == ["torch.ops.quantsparse.sparse_attention.default"]
+
+
+@pytest.mark.parametrize("kind", ("int8-fp8", "fp8"))
+def test_float8_operands_need_compute_capability_8_9(kind):
+    def function(q, k, v, counts, indices):
+        codes, scales = quantised(kind, q, k, v)
+        return quantsparse.sparse_attention(*codes, *scales, counts, indices, None, None, None, 0.2, BLOCK, bf16)
+
+    args = *random_qkv(1, 2, 2, 96, 96, 64, bf16), *block_lists(1, 2, 3, 3)
+    with collect_fallbacks() as fallbacks:
+        cuda_code(function, *args, capability=(8, 9))
+    assert fallbacks == []
+    with collect_fallbacks() as fallbacks:
+        cuda_code(function, *args, capability=(8, 0))
+    prologue = ["quantize_keys", "quantize_rows"] if kind == "fp8" else []
+    assert [op for op, _ in fallbacks] == [*prologue, "pack_values", "sparse_attention"]
+    assert all("float8_e4m3fn needs compute capability 8.9, this device has 8.0" in why for _, why in fallbacks)

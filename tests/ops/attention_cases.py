@@ -43,6 +43,14 @@ def attention(q, k, v, mask, scale):
     return weights @ torch.where(mask.any((0, 1, 2))[:, None], v, 0), lse, weights
 
 
+def biased_qkv(heads, tokens, depth, device="cpu"):
+    """bf16, batch 1. Keys with a bias and outlier channels, as real ones have: Gaussian ones hide what 8 bits lose."""
+    q, k, v = (torch.randn(1, heads, tokens, depth, device=device, dtype=torch.bfloat16) for _ in range(3))
+    k += 2 * torch.randn(1, heads, 1, depth, device=device, dtype=torch.bfloat16)
+    k[..., :: depth // 2] *= 4
+    return q, k, v
+
+
 def random_qkv(batch, heads, kv_heads, tokens, keys, depth, dtype, seed=0):
     rng = torch.Generator().manual_seed(seed)
     return (
