@@ -189,7 +189,7 @@ def retrace_dynamo(
     prepare(source.graph)
 
     def trace(part: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
-        return make_fx(fx.Interpreter(part).run, pre_dispatch=True)(*values)
+        return make_fx(fx.Interpreter(part).run, pre_dispatch=True)(*_told_apart(values))
 
     # tracing(None): with a tracing context invoke_subgraph bodies would keep their pre-dispatch form and
     # compile_fx would refuse them.
@@ -222,7 +222,17 @@ def trace_fake(fn: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
     """Pre-dispatch ATen graph of `fn` on fake tensors of one mode."""
     fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
     with torch._guards.tracing(None), _trace_modes(fake_mode):
-        return make_fx(fn, pre_dispatch=True)(*values)
+        return make_fx(fn, pre_dispatch=True)(*_told_apart(values))
+
+
+def _told_apart(values: Sequence[Any]) -> list[Any]:
+    """The values as objects of their own: the tracer knows a tensor by its identity, and nodes may share a value."""
+    seen: set[int] = set()
+    found = []
+    for value in values:
+        found.append(value.detach() if isinstance(value, torch.Tensor) and id(value) in seen else value)
+        seen.add(id(value))
+    return found
 
 
 def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
@@ -289,8 +299,13 @@ def from_fake(value: Any, fake_mode: FakeTensorMode) -> Any:
 
 
 def storage_of(value: Any) -> int | None:
-    """What tells the storage of a tensor from others; None for anything else."""
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    """What tells the storage of a tensor from others, or the tensor if it has none; None for anything else."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a sparse tensor
+        return id(value)
 
 
 def is_fake(value: Any) -> bool:

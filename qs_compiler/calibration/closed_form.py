@@ -28,6 +28,9 @@ from .walk import Walk, stops_at, walking
 from .weight_grid import GridForm, WeightGrid, search_grid
 
 FORWARD_ROWS = 16384
+UNLIKE_ORDER = "the forwards of calibration call a block's linears in unlike order"
+NAN = "NaN, which linears return that are still to be compressed, or the model's own, reached others of its block"
+SIDE_BY_SIDE = "Calibrate with in_flight=None"
 SEARCH_ROWS = 2048  # of all samples together: what the search for a smoothing scale reads
 
 
@@ -92,7 +95,7 @@ def compress_linears(
     settings: Settings,
     choices: Mapping[str, Choice] | None = None,
 ) -> Compressed:
-    """Compress the linears that `record` saw, in the order in which the block calls them.
+    """Compress the linears that `record` saw, each after those that its input was computed from.
 
     Args:
         linears: by name.
@@ -102,7 +105,8 @@ def compress_linears(
         choices: transforms and grids that are settled already; None: find them here.
 
     Raises:
-        UnsupportedError: the forwards do not call the linears in one order.
+        UnsupportedError: the forwards do not call the linears in one order, or with more samples than may be in flight
+            a linear depends on another in a way that torch does not see.
     """
     names = {linear: name for name, linear in linears.items() if name in record.rows}
     found = Compressed({}, dict(choices or {}), {}, [])
@@ -133,7 +137,7 @@ def _side_by_side(
         while any(calls):
             linear = calls[0].module if calls[0] else None
             if any(call is None or call.module is not linear for call in calls):
-                raise UnsupportedError("the forwards of calibration call a block's linears in unlike order.")
+                raise UnsupportedError(f"{UNLIKE_ORDER}.")
             name, inputs = names[linear], [input_of(call) for call in calls]
             if name not in found.packed:
                 rows = [some_rows(x, settings.rows) for x in inputs]
@@ -172,19 +176,23 @@ def _one_at_a_time(
                         break
                 if name in found.packed:
                     y = packed_forward(found.packed[name], x, call.module.bias)
-                else:
+                elif firsts:
                     y = x.new_full((*x.shape[:-1], call.module.out_features), torch.nan)
+                else:
+                    raise UnsupportedError(f"{UNLIKE_ORDER}: '{name}'.")
                 call = walk.advance(y)
             return rows, walk.result
 
     for stage in record.stages:
         firsts = [group[0] for group in stage]
-        rows = [run(sample, firsts)[0] for sample in samples]
-        if any(list(own) != firsts or any(x.isnan().any() for x in own.values()) for own in rows):
-            raise UnsupportedError(
-                "the forwards of calibration call a block's linears in unlike order, or NaN reaches them. "
-                "Calibrate with in_flight=None."
-            )
+        try:
+            rows = [run(sample, firsts)[0] for sample in samples]
+        except Exception as error:  # what a model makes of NaN is its own
+            raise UnsupportedError(f"{NAN}: {type(error).__name__}: {error}. {SIDE_BY_SIDE}") from error
+        if any(own.keys() != set(firsts) for own in rows):
+            raise UnsupportedError(f"{UNLIKE_ORDER}: {', '.join(firsts)}.")
+        if any(x.isnan().any() for own in rows for x in own.values()):
+            raise UnsupportedError(f"{NAN}. {SIDE_BY_SIDE}")
         for group in stage:
             quantized = [own[group[0]] for own in rows]
             _compress_group({n: linears[n] for n in group}, recipes, quantized, record, settings, found)

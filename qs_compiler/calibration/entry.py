@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -96,8 +95,8 @@ def calibrate(
                 fitting.enter_context(hear_steps(target, list(modules.values())))
                 fits = {name: fitting.enter_context(GainFit(module, recipe)) for name, module in modules.items()}
             pipe_options, folder = dict(pipe_options or {}), None if output_dir is None else Path(output_dir)
-            key = None  # of a function nobody can tell what it will run
-            if folder is not None and isinstance(data, (list, tuple)) and not isinstance(target, nn.Module):
+            key = None  # of a function, or a pipeline of one's own, nobody can tell what it will run
+            if folder is not None and isinstance(data, (list, tuple)) and hasattr(target, "components"):
                 key = [_described(target), data, pipe_options, seed, settings.samples, recipe.to_dict()]
             kept = KeptRuns(folder, key, fits)
             samples = _samples(target, modules, data, run, pipe_options, settings, seed, kept)
@@ -124,18 +123,30 @@ def _plan(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     return plan
 
 
-def _described(pipe: Any) -> str:
-    """What tells a pipeline from others: of each component its class, its config and some values of its weights."""
-    found = {}
+def _described(pipe: Any) -> dict[str, Any]:
+    """What tells a diffusers pipeline from others: its class and config, and of each component the class, the config, a
+    scheduler's shift, and dtype and some values of the weights.
+    """
+    found: dict[str, Any] = {"": [type(pipe).__name__, _config(pipe)]}
     for name, part in pipe.components.items():
-        config = getattr(part, "config", None) or {}
-        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        # What begins with "_" says how the config came about, in an order that differs from process to process.
-        config = {key: value for key, value in config.items() if not key.startswith("_")}
         weights = part.named_parameters() if isinstance(part, nn.Module) else ()
-        sampled = {key: sample_weight(weight, key) for key, weight in weights if weight.numel() and not weight.is_meta}
-        found[name] = [type(part).__name__, config, sampled]
-    return json.dumps(found, sort_keys=True, default=lambda value: type(value).__name__)
+        sampled = [
+            [key, str(weight.dtype), sample_weight(weight, key)]
+            for key, weight in weights
+            if weight.numel() and not weight.is_meta
+        ]
+        shift = getattr(part, "shift", None)
+        found[name] = [type(part).__name__, _config(part), shift if isinstance(shift, int | float) else None, sampled]
+    return found
+
+
+def _config(part: Any) -> Any:
+    config = getattr(part, "config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(config, Mapping):
+        return getattr(config, "__dict__", None)
+    # What begins with "_" says how the config came about, in an order that differs from process to process.
+    return {str(key): value for key, value in config.items() if not str(key).startswith("_")}
 
 
 @contextlib.contextmanager

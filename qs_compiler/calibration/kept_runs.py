@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..errors import ArtifactError
 from .residual_gains import GainFit
 from .samples import Sample
 
-_PLAIN = (torch.Tensor, type(None), bool, int, float, str)
+log = logging.getLogger("qs_compiler.calibration")
 
 
 class KeptRuns:
@@ -27,7 +28,7 @@ class KeptRuns:
 
     Args:
         folder: None keeps nothing.
-        key: everything that the runs depend on, as JSON values; None keeps nothing, and so does what is no JSON value:
+        key: what tells these runs from others, as JSON values. None keeps nothing, and so does what is no JSON value:
             of an image or a callback nobody can tell whether it is the same.
         fits: of the modules whose gains are fitted in the runs.
     """
@@ -65,8 +66,7 @@ class KeptRuns:
     def save(self, number: int, samples: Mapping[str, list[Sample]]) -> None:
         """Keep a run, unless a forward took something that a file cannot give back."""
         path = self._path(number)
-        leaves = pytree.tree_leaves([(s.args, s.kwargs) for own in samples.values() for s in own])
-        if path is None or not all(type(leaf) in _PLAIN for leaf in leaves):
+        if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {
@@ -75,7 +75,13 @@ class KeptRuns:
             "gains": {name: fit.state() for name, fit in self._fits.items()},
         }
         part = path.with_suffix(".part")
-        torch.save(found, part)
+        try:
+            torch.save(found, part)
+            torch.load(part, weights_only=True, mmap=True)
+        except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
+            log.warning("a denoising run is not kept, and would be done again: %s", str(error).splitlines()[0])
+            part.unlink(missing_ok=True)
+            return
         os.replace(part, path)
 
     def _path(self, number: int) -> Path | None:

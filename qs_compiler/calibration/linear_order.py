@@ -15,17 +15,22 @@ from .. import _compat
 class Ancestry(TorchDispatchMode):
     """Knows of every tensor, while open, which of the announced linears it was computed from.
 
-    Tensors that share storage count as one, so that what is written through a view is seen by all others: a tensor may
-    have linears too many to its name, and never too few, unless numbers pass through Python or NumPy.
+    Tensors that share storage count as one, so that what is written through a view is seen by all others. What Python
+    has read of a tensor (`item`, a size that depends on values) may steer all that comes later, which then counts as
+    computed from it. So a tensor may have linears too many to its name, and never too few, unless its numbers are taken
+    out of torch and brought back (NumPy, DLPack).
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
         self._names: dict[Any, frozenset[str]] = {}
+        self._steering: frozenset[str] = frozenset()
 
     def of(self, x: torch.Tensor) -> frozenset[str]:
         """Names of the linears that x was computed from."""
-        return self._names.get(_compat.storage_of(x), frozenset())
+        return self._names.get(_compat.storage_of(x), frozenset()) | self._steering
 
     def announce(self, name: str, output: torch.Tensor) -> None:
         """`output` is what the linear `name` returned."""
@@ -34,10 +39,21 @@ class Ancestry(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         inputs = _tensors((args, kwargs or {}))
-        names = frozenset().union(*(self.of(x) for x in inputs))
-        for x in [*inputs, *_tensors(result)] if func._schema.is_mutable else _tensors(result):
+        names = self._steering.union(*(self.of(x) for x in inputs))
+        if _shows_values(func, inputs):
+            self._steering = names
+        writes = getattr(getattr(func, "_schema", None), "is_mutable", True)
+        for x in [*inputs, *_tensors(result)] if writes else _tensors(result):
             self._names[_compat.storage_of(x)] = names
         return result
+
+
+def _shows_values(func: Any, inputs: list[torch.Tensor]) -> bool:
+    """Whether an op gives Python a number, or a size, that depends on the values of its inputs."""
+    tags = getattr(func, "tags", ())
+    if torch.Tag.dynamic_output_shape in tags:  # an index counts as such for its masks alone
+        return func is not torch.ops.aten.index.Tensor or any(x.dtype in (torch.bool, torch.uint8) for x in inputs[1:])
+    return torch.Tag.data_dependent_output in tags
 
 
 def stages(groups: list[list[str]], ancestors: dict[str, frozenset[str]]) -> list[list[list[str]]]:

@@ -94,10 +94,8 @@ class GainFit(AttentionListener):
         return {"announced": self.announced, "sums": dict(self._sums)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from an earlier `state()`, whose tensors lie on the CPU."""
-        device = next(self._model.parameters()).device
-        self.announced = state["announced"]
-        self._sums = {name: (xy.to(device), xx.to(device)) for name, (xy, xx) in state["sums"].items()}
+        """Go on from an earlier `state()`, whose tensors may lie on another device."""
+        self.announced, self._sums = state["announced"], dict(state["sums"])
 
     def _begin(self, name: str) -> None:
         if not self._path:
@@ -152,7 +150,9 @@ class GainFit(AttentionListener):
         y = residual - reference.residual.float()
         found = (-(x * y).sum((0, 2, 3)).double(), x.square().sum((0, 2, 3)).double())
         old = self._sums.get(name)
-        self._sums[name] = found if old is None else (old[0] + found[0], old[1] + found[1])
+        if old is not None:
+            found = tuple(a.to(b.device) + b for a, b in zip(old, found, strict=True))
+        self._sums[name] = found
 
 
 def _prefix(call: AttentionCall) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from qs_compiler.calibration.blockwise import relative_error
 from qs_compiler.calibration.input_record import InputRecorder
@@ -127,6 +128,74 @@ def test_a_dependence_that_cannot_be_followed_is_an_error_with_the_remedy():
     for block in model.blocks:
         block.__class__ = Hidden
     with pytest.raises(UnsupportedError, match="in_flight=None"):
+        calibrate(model, in_flight=1)
+    assert calibrate(model).layers
+
+
+class Flex(Block):
+    """Attention by a higher-order op."""
+
+    def forward(self, x, time, text):
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (self.attn1.to_q(x), self.attn1.to_k(x), x))
+        return x + self.attn1.to_out(flex_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Steered(Block):
+    """A number that a linear gave decides, in Python, what another reads."""
+
+    def forward(self, x, time, text):
+        scale = self.modulation(time)
+        h = x * 3 if scale.abs().mean() > 0 else x
+        return x + self.down(F.gelu(self.up(h)))
+
+
+class Sparse(Block):
+    def forward(self, x, time, text):
+        return super().forward(x + torch.sparse.mm(torch.eye(x.shape[-1]).to_sparse(), x[0].T).T, time, text)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("block", (Flex, Steered, Sparse))
+def test_one_at_a_time_is_as_side_by_side(block):
+    model = make_model(blocks=2)
+    for own in model.blocks:
+        own.__class__ = block
+    side_by_side, alone = calibrate(model), calibrate(model, in_flight=1)
+    assert side_by_side.layers.keys() == alone.layers.keys()
+    for name, packed in side_by_side.layers.items():
+        assert torch.equal(packed.wq, alone.layers[name].wq), name
+
+
+class Sometimes(Block):
+    """Calls its MLP for some inputs alone."""
+
+    def forward(self, x, time, text):
+        x = x + self.attn1(x, x)
+        return x if x.shape[1] < 48 else x + self.down(F.gelu(self.up(x)))
+
+
+class Fussy(Block):
+    """Takes an index from what a linear gives, before another linear that does not depend on it."""
+
+    def forward(self, x, time, text):
+        chosen = torch.zeros(2)[self.up(x[:, 0]).sigmoid().round().long()]
+        return x + self.down(F.gelu(self.modulation(x))[..., :1].expand(*x.shape[:2], 128)) + chosen.sum()
+
+
+def test_a_linear_of_later_samples_alone_is_an_error():
+    model = make_model(blocks=2)
+    for own in model.blocks:
+        own.__class__ = Sometimes
+    data = [*make_forwards(1, tokens=32), *make_forwards(2)]
+    with pytest.raises(UnsupportedError, match=r"unlike order: 'blocks\.0\.up'"):
+        calibrate(model, data, in_flight=1)
+
+
+def test_what_a_model_makes_of_nan_is_an_error_with_the_remedy():
+    model = make_model(blocks=2)
+    for own in model.blocks:
+        own.__class__ = Fussy
+    with pytest.raises(UnsupportedError, match=r"IndexError.*in_flight=None"):
         calibrate(model, in_flight=1)
     assert calibrate(model).layers
 

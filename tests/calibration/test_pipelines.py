@@ -1,13 +1,20 @@
 """Whole diffusers pipelines, calibrated on prompts: no model's code is known to the calibration."""
 
+import json
+from typing import NamedTuple
+
 import pytest
 import torch
 
 import qs_compiler as qs
+from qs_compiler.calibration.entry import _described
+from qs_compiler.calibration.kept_runs import KeptRuns
+from qs_compiler.calibration.samples import Sample
 from qs_compiler.errors import ArtifactError, OptionError
 from qs_compiler.pipeline import plan_layers
 
 from ..backend.pipelines import CALLS, PIPELINES, run
+from .models import make_forwards, make_model
 
 RECIPE = {"format": "w4a8", "group_size": 32}
 
@@ -112,7 +119,9 @@ def test_runs_of_another_calibration_are_not_taken(tmp_path):
     shifted, retrained = PIPELINES["ltx"](), PIPELINES["ltx"]()
     shifted.scheduler.register_to_config(shift=shifted.scheduler.config.shift + 1)
     next(p for p in retrained.text_encoder.parameters() if p.dim() > 1).data.mul_(2)
-    for pipe in (shifted, retrained):
+    wider = PIPELINES["ltx"]()
+    wider.vae.to(torch.float64)
+    for pipe in (shifted, retrained, wider):
         with pytest.raises(ArtifactError, match="other prompts or other options"):
             calibrate("ltx", pipe, output_dir=tmp_path)
     (tmp_path / "runs" / "000.pt").write_bytes(b"half a file")
@@ -125,3 +134,39 @@ def test_runs_with_what_cannot_be_told_apart_are_not_kept(tmp_path):
     options = {**size, "num_inference_steps": 4, "callback_on_step_end": lambda pipe, i, t, kwargs: kwargs}
     assert calibrate("ltx", PIPELINES["ltx"](), output_dir=tmp_path, pipe_options=options).layers
     assert not (tmp_path / "runs").exists()
+
+
+class Outputs(NamedTuple):
+    text: torch.Tensor
+
+
+def test_runs_that_a_file_does_not_give_back_are_not_kept(tmp_path, caplog):
+    runs, sample = KeptRuns(tmp_path, "key", {}), Sample((torch.zeros(2),), {"text": Outputs(torch.zeros(2))})
+    runs.save(0, {"transformer": [sample]})
+    assert "is not kept" in caplog.text and not list((tmp_path / "runs").iterdir())
+    plain = Sample((torch.ones(2), [None, 3]), {"x": {"y": 0.5}}, torch.bfloat16)
+    runs.save(0, {"transformer": [plain]})
+    (found,) = KeptRuns(tmp_path, "key", {}).load(0)["transformer"]
+    assert torch.equal(found.args[0], plain.args[0])
+    assert (found.args[1], found.kwargs, found.autocast) == (plain.args[1], plain.kwargs, plain.autocast)
+
+
+class Own:
+    """A pipeline that is none of diffusers'."""
+
+    def __init__(self):
+        self.transformer = make_model(blocks=2)
+
+    def __call__(self, prompt, generator, output_type):
+        for args, kwargs in make_forwards(2, seed=len(prompt)):
+            self.transformer(*args, **kwargs)
+
+
+def test_a_pipeline_of_ones_own_keeps_blocks_and_no_runs(tmp_path):
+    artifact = qs.calibrate(Own(), ["monkey"], recipe=RECIPE, progress=False, samples=2, output_dir=tmp_path)
+    assert artifact.layers and [p.name for p in tmp_path.iterdir()] == ["blocks"]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_pipeline_can_be_described(name):
+    assert json.dumps(_described(PIPELINES[name]())) == json.dumps(_described(PIPELINES[name]()))

@@ -100,3 +100,21 @@ def test_traces_die_with_their_graph(context) -> None:
     torch._dynamo.reset()
     gc.collect()
     assert len(base._TRACED) <= before
+
+
+def difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x.relu() - y.relu()
+
+
+def test_two_inputs_that_share_a_value_are_two(context) -> None:
+    x, y = same_layout()
+    ctx = context(TwoAdds(), (x, y), recipe="off")
+    graph = ctx.capture.module.graph
+    (output,) = graph.find_nodes(op="output")
+    sums = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    a, b = (splice(graph, output, scaled, node, 0.5) for node in sums)
+    assert a.meta["val"] is b.meta["val"], "or this test shows nothing"
+    output.args = ((splice(graph, output, difference, a, b),),)
+    ctx.capture.module.recompile()
+    (got,) = ctx.capture.module(x, y)
+    assert torch.equal(got, difference(scaled(x + 1, 0.5), scaled(y + 1, 0.5)))

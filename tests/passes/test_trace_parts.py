@@ -163,6 +163,44 @@ def test_constants_of_a_trace_are_kept():
         assert torch.equal(parts(*values)[0], module(*values)[0])
 
 
+class Skips(Model):
+    """Long skips: later blocks also read what earlier ones gave, so that a part reads values of one trace twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = []
+        for i in range(3):
+            x = self.blocks[i](x)
+            given.append(x)
+        for i in range(3, 6):
+            x = self.blocks[i](x - 0.5 * given[5 - i])
+        return x - given[0]
+
+
+class Towers(Model):
+    """Two streams through the same kind of block, joined at the end."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.flip(1)
+        for i in range(0, len(self.blocks), 2):
+            x, y = self.blocks[i](x), self.blocks[i + 1](y)
+        return x - y
+
+
+class Ensemble(Model):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = [block(x) for block in self.blocks]
+        return given[0] - given[1] + 2 * given[2] - given[3]
+
+
+@pytest.mark.parametrize("model", (Skips, Towers, Ensemble))
+def test_values_of_equal_blocks_are_told_apart(model):
+    module, values = captured(model(count=6 if model is Skips else 4), X)
+    _, parts, traces = traced_both_ways(module)
+    assert parts is not None and traces < 6
+    with torch.no_grad():
+        assert torch.equal(parts(*values)[0], module(*values)[0])
+
+
 class Autocast(Model):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
