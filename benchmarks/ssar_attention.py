@@ -7,6 +7,8 @@ go through flash attention. A row of benchmarks/ssar.py says what a `Method` doe
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from qs_compiler.runtime.cache_layout import MASS, probe_stride
 from qs_compiler.runtime.schedule import Decision, Schedule
 
 BLOCK = 128
+HEAD_BUDGETS = Path(__file__).parent / "results" / "head_budgets.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Method:
         mask: "pooled"; "estimate", the mass of the refresh before, by the log-sum-exps of the one before that, hence
             pooled at the first two: what a Recipe calls "mass"; or "exact", the mass of the refresh itself, which an
             extra sparse pass after the refresh allows.
+        budgets: "uniform", or "fitted": a number of blocks for each head and layer, which make up the density together
+            (those for the corrected error in benchmarks/results/head_budgets.json).
         frozen: a video keeps the mask of its first refresh.
         cache: storage of the first-order term: "bf16", "fp8", "int8", "int4" or "rankN".
         rank: of the second-order term; None for all.
@@ -44,6 +49,7 @@ class Method:
     correction: str = "first_order"
     gain: Any = "0"
     mask: str = "pooled"
+    budgets: str = "uniform"
     frozen: bool = False
     cache: str = "bf16"
     rank: int | None = 16
@@ -61,6 +67,7 @@ class Reuse(TorchFunctionMode):
     def __init__(self, method: Method, tokens: int, gains: dict[int, torch.Tensor]) -> None:
         super().__init__()
         self.method, self.tokens, self.gains = method, tokens, gains
+        self.budgets = fitted_budgets(method.density) if method.budgets == "fitted" else {}
         self.state: dict[tuple[str, int], dict[str, Any]] = {}
         self.step, self.branch, self.layer, self.now = 0, "", 0, ""
         self.schedule = Schedule(method.most, 0.0, max_drift=method.max_drift, min_interval=2)
@@ -109,7 +116,8 @@ class Reuse(TorchFunctionMode):
         state["probe"] = probe(q) if method.max_drift is not None else None
         if not (method.frozen and "blocks" in state):
             scores = block_mass(q, k, scale) if method.mask == "exact" else state.get("mass")
-            state["blocks"] = select(pooled_scores(q, k, scale) if scores is None else scores, method.density)
+            scores = pooled_scores(q, k, scale) if scores is None else scores
+            state["blocks"] = select(scores, method.density, self.budgets.get(layer))
             if method.mask == "estimate":
                 before, state["lse_prev"] = state.get("lse_prev"), lse
                 state["mass"] = None if before is None else block_mass(q, k, scale, before).to(MASS)
@@ -178,8 +186,15 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tu
     return torch.softmax(logits, -1) @ v.float(), torch.logsumexp(logits, -1)
 
 
-def attend(q: Any, k: Any, v: Any, blocks: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same over the listed key blocks (B, H, nQ, kept) of each query block."""
+Blocks = torch.Tensor | list[torch.Tensor]  # (B, H, nQ, kept), or one such tensor for each head
+
+
+def attend(q: Any, k: Any, v: Any, blocks: Blocks, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same over the listed key blocks of each query block."""
+    if isinstance(blocks, list):
+        heads = (attend(*(x[:, h : h + 1] for x in (q, k, v)), own, scale) for h, own in enumerate(blocks))
+        o, lse = zip(*heads, strict=True)
+        return torch.cat(o, 1), torch.cat(lse, 1)
     batch, heads, tokens, depth = q.shape
     count, kept = blocks.shape[2:]
     place = (torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1) * count + blocks).flatten()
@@ -210,11 +225,20 @@ def block_mass(q: torch.Tensor, k: torch.Tensor, scale: float, lse_prev: torch.T
     return torch.stack(shares)
 
 
-def select(scores: torch.Tensor, density: float) -> torch.Tensor:
+def fitted_budgets(density: float) -> dict[int, list[int]]:
+    """Layer -> the blocks that each head keeps."""
+    rows = json.loads(HEAD_BUDGETS.read_text())["rows"]
+    (row,) = (r for r in rows if (r["density"], r["budgets"]) == (density, "corrected error"))
+    return {int(layer): kept for layer, kept in row["kept"].items()}
+
+
+def select(scores: torch.Tensor, density: float, budgets: list[int] | None = None) -> Blocks:
     """Indices of the kept blocks, the diagonal among them."""
     count = scores.shape[-1]
     own = torch.eye(count, dtype=torch.bool, device=scores.device)
     order = scores.masked_fill(own, float("inf")).argsort(dim=-1, descending=True, stable=True)
+    if budgets is not None:
+        return [order[:, h : h + 1, :, :kept].sort(-1).values for h, kept in enumerate(budgets)]
     return order[..., : max(1, round(density * count))].sort(-1).values
 
 

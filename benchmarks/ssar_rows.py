@@ -73,6 +73,9 @@ def all_rows() -> dict[str, Row]:
         for density in (0.25, 0.15):
             add(f"d{round(100 * density)}/{name}", 32 if number < 4 else 16, density=density, **fields)
     for density in (0.25, 0.15):
+        for name, fields in pair.items():
+            add(f"d{round(100 * density)}/{name}/budgets by head", 32, density=density, budgets="fitted", **fields)
+    for density in (0.25, 0.15):
         dense_first = explicit(5, dense=5)
         add(f"d{round(100 * density)}/dense steps first", density=density, phases=dense_first, correction="none")
     for cache in ("int4", "fp8", "int8", "rank16", "rank32"):
