@@ -20,14 +20,13 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
+from self_attentions import SelfAttentions
 from ssar_attention import pooled_scores
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from qs_compiler.artifact import package_versions
+from qs_compiler.calibration.attention_call import AttentionCall
 from qs_compiler.demo.data import draw_scenes
 from qs_compiler.demo.metrics import mean_interval
 from qs_compiler.demo.model import load_model, sample
@@ -39,28 +38,17 @@ DENSITIES = (0.4, 0.25, 0.15)
 QUANTITIES = ("mass", "error", "corrected error", "energy")
 
 
-class Curves(TorchFunctionMode):
+class Curves(SelfAttentions):
     """While open, sums over attentions, by layer: (4, H, budget) float64 of QUANTITIES, for every budget."""
 
     def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens, self.sums = tokens, dict[int, torch.Tensor]()
+        super().__init__(tokens)
+        self.sums: dict[int, torch.Tensor] = {}
         self._references: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def announce(self, step: int, branch: str) -> None:
-        """The next forward computes `branch` of `step`."""
-        self.step, self.branch, self.layer = step, branch, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            names = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            q, k, v = names["query"], names["key"], names["value"]
-            if q.shape[2] == k.shape[2] == self.tokens:
-                if self.step >= WARM_UP:
-                    self.add(q[0].float(), k[0].float(), v[0].float())
-                self.layer += 1
-        return func(*args, **kwargs)
+    def look(self, call: AttentionCall) -> None:
+        if self.step >= WARM_UP:
+            self.add(*(x[0].float() for x in (call.query, call.key, call.value)))
 
     def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """One attention, q, k and v (H, S, D)."""

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from self_attentions import SelfAttentions
 from ssar_attention import block_mass, pooled_scores
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from qs_compiler.artifact import package_versions
+from qs_compiler.calibration.attention_call import AttentionCall
 from qs_compiler.demo.data import draw_scenes
 from qs_compiler.demo.metrics import mean_interval
 from qs_compiler.demo.model import load_model, sample
@@ -38,33 +38,22 @@ DENSITIES = (0.4, 0.25, 0.15, 0.1)
 KEPT = {"": (), "+ first frame": ("first_frame",), "+ neighbourhood": ("neighbourhood",)}
 
 
-class Recall(TorchFunctionMode):
-    """Collects recalls while open; `announce` must hear of each forward."""
+class Recall(SelfAttentions):
+    """Collects recalls while open."""
 
     def __init__(self, grid: tuple[int, int, int], every: int) -> None:
-        super().__init__()
-        self.every, self.step, self.branch, self.layer = every, 0, "", 0
         tokens = grid[0] * grid[1] * grid[2]
+        super().__init__(tokens)
+        self.every = every
         self.layouts = {
             name: TokenLayout(tokens, grid, 0, BLOCK, tiled) for name, tiled in (("rows", False), ("tiles", True))
         }
         self.before: dict[tuple[str, int, str], torch.Tensor] = {}
         self.found: dict[tuple[str, str, str, float], list[float]] = {}
 
-    def announce(self, step: int, branch: str) -> None:
-        """The next forward computes `branch` of `step`."""
-        self.step, self.branch, self.layer = step, branch, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            names = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            q, k = names["query"], names["key"]
-            if q.shape[2] == k.shape[2] == self.layouts["rows"].tokens:
-                if self.step % self.every == 0:
-                    self.measure(q, k)
-                self.layer += 1
-        return func(*args, **kwargs)
+    def look(self, call: AttentionCall) -> None:
+        if self.step % self.every == 0:
+            self.measure(call.query, call.key)
 
     def measure(self, q: torch.Tensor, k: torch.Tensor) -> None:
         """The recall of every mask for one attention."""

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from self_attentions import SelfAttentions
 from ssar_attention import attend, flash, pooled_scores, select, store
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from qs_compiler.artifact import package_versions
+from qs_compiler.calibration.attention_call import AttentionCall
 from qs_compiler.demo.data import draw_scenes
 from qs_compiler.demo.model import load_model, sample
 
@@ -30,26 +31,17 @@ RESULTS = Path(__file__).parent / "results" / "residual_place.json"
 CACHES = ("bf16", "fp8", "int8", "int4")
 
 
-class Capture(TorchFunctionMode):
+class Capture(SelfAttentions):
     """Keeps q, k and v of the self-attentions over `tokens` tokens in two steps of the conditional branch."""
 
     def __init__(self, tokens: int, steps: tuple[int, int]) -> None:
-        super().__init__()
-        self.tokens, self.steps, self.on = tokens, steps, False
+        super().__init__(tokens)
+        self.steps = steps
         self.seen: dict[int, list[tuple[torch.Tensor, ...]]] = {step: [] for step in steps}
 
-    def announce(self, step: int, branch: str) -> None:
-        """The next forward computes `branch` of `step`."""
-        self.step, self.on = step, step in self.steps and branch == "cond"
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and self.on:
-            names = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            qkv = tuple(names[n].float() for n in ("query", "key", "value"))
-            if all(x.shape[2] == self.tokens for x in qkv):
-                self.seen[self.step].append(qkv)
-        return func(*args, **kwargs)
+    def look(self, call: AttentionCall) -> None:
+        if self.step in self.steps and self.branch == "cond":
+            self.seen[self.step].append(tuple(x.float() for x in (call.query, call.key, call.value)))
 
 
 def codes(x: torch.Tensor) -> torch.Tensor:

@@ -366,11 +366,11 @@ def finish_graph(module: fx.GraphModule) -> None:
 # --- one body for equal parts ---------------------------------------------------------------------------------------
 
 
-def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int, tuple[str, int]]) -> None:
+def outline(module: fx.GraphModule, parts: dict[int, list[fx.Node]], shared: dict[int, tuple[str, int]]) -> None:
     """Call equal parts of a flat graph through invoke_subgraph, in place.
 
     Args:
-        parts: part number of every node that is no placeholder, ascending in the order of the graph.
+        parts: part number -> its nodes, in the order of the graph.
         shared: part number -> (identifier, part number whose body is called).
     """
     from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
@@ -378,14 +378,10 @@ def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int,
     graph = module.graph
     # torch 2.11 binds a body's symbols by its own operands alone, so each gets all sizes.
     sizes = [p for p in graph.find_nodes(op="placeholder") if isinstance(p.meta.get("val"), torch.SymInt)]
-    members: dict[int, list[fx.Node]] = {part: [] for part in shared}
-    for node, part in parts.items():
-        if part in shared:
-            members[part].append(node)
     for part, (identifier, body) in shared.items():
-        nodes, inside = members[part], set(members[part])
-        operands = list(dict.fromkeys([*(i for n in nodes for i in n.all_input_nodes if i not in inside), *sizes]))
-        returned = [n for n in nodes if any(user not in inside for user in n.users)]
+        nodes, inside = parts[part], set(parts[part])
+        given, returned = boundary(nodes)
+        operands = list(dict.fromkeys([*given, *sizes]))
         if part == body:
             module.add_submodule(f"submod_{body}", part_of(module, nodes, operands, returned))
         with graph.inserting_before(nodes[-1].next):
@@ -396,6 +392,13 @@ def outline(module: fx.GraphModule, parts: dict[fx.Node, int], shared: dict[int,
                 node.replace_all_uses_with(item, lambda user: user not in inside)  # noqa: B023
         for node in reversed(nodes):
             graph.erase_node(node)
+
+
+def boundary(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What a part reads of the rest of its graph, and which of its nodes the rest reads."""
+    inside = set(nodes)
+    given = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside))
+    return given, [n for n in nodes if any(user not in inside for user in n.users)]
 
 
 def part_of(

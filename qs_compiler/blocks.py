@@ -79,6 +79,14 @@ def assign_parts(graph: fx.Graph, blocks: dict[tuple[str, str], int]) -> dict[fx
     return parts
 
 
+def members(parts: dict[fx.Node, int]) -> dict[int, list[fx.Node]]:
+    """Part number -> its nodes, ascending, in the order of the graph."""
+    found: dict[int, list[fx.Node]] = {}
+    for node, part in parts.items():
+        found.setdefault(part, []).append(node)
+    return found
+
+
 def canonical(nodes: list[fx.Node], value: str = "val") -> str:
     """Hash of a part's nodes: targets, constants, wiring, and the metadata of values, inputs included.
 

@@ -15,14 +15,24 @@ from .errors import ArtifactError
 SAMPLES = 16  # elements of each source weight that are kept to recognise it
 
 
-def config_hash(model: nn.Module) -> str:
-    """sha256 of the model's config without private keys such as `_diffusers_version`; of its shapes if it has none."""
-    config: Any = getattr(model, "config", None)
+def public_config(part: Any) -> dict[str, Any] | None:
+    """The config of a model, a pipeline or a component; None if it has none.
+
+    Keys that begin with "_" are left out: they say how the config came about, some in an order that each process has of
+    its own (`_use_default_values`).
+    """
+    config: Any = getattr(part, "config", None)
     if hasattr(config, "to_dict"):
         config = config.to_dict()
-    if isinstance(config, Mapping):
-        described: Any = {k: v for k, v in config.items() if not k.startswith("_")}
-    else:
+    if not isinstance(config, Mapping):
+        return None
+    return {key: value for key, value in config.items() if not str(key).startswith("_")}
+
+
+def config_hash(model: nn.Module) -> str:
+    """sha256 of the model's public config; of its shapes if it has none."""
+    described: Any = public_config(model)
+    if described is None:
         described = [(name, list(p.shape)) for name, p in model.named_parameters()]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from . import _compat
-from .blocks import assign_parts, canonical, metadata_of, repeated_blocks
+from .blocks import assign_parts, canonical, members, metadata_of, repeated_blocks
 
 ORIGIN = "quantsparse_origin"  # in meta["custom"], which tracing hands on: position of a node in its part
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -47,13 +47,8 @@ def trace_by_parts(source: fx.GraphModule, trace: _compat.Trace) -> fx.GraphModu
         new[node].meta["val"] = node.meta["example_value"]
     traces: dict[str, fx.GraphModule] = {}
     constants: dict[str, torch.Tensor] = {}
-    parts: dict[int, list[fx.Node]] = {}
-    for node, part in assign_parts(source.graph, blocks).items():
-        parts.setdefault(part, []).append(node)
-    for nodes in parts.values():
-        inside = set(nodes)
-        given = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside))
-        returned = [n for n in nodes if any(user not in inside for user in n.users)]
+    for nodes in members(assign_parts(source.graph, blocks)).values():
+        given, returned = _compat.boundary(nodes)
         if not all(isinstance(n.meta["example_value"], torch.Tensor) for n in returned):
             return None
         values = [new[n].meta["val"] for n in given]

@@ -18,7 +18,7 @@ from ..packed_linear import PackedLinear
 from ..pipeline import EXPERTS, hear_steps, plan_layers
 from ..runtime.gains import DEFAULT_GAIN
 from ..runtime.tracker import modules_of
-from ..source_model import sample_weight
+from ..source_model import public_config, sample_weight
 from .blockwise import Calibration
 from .kept_runs import KeptRuns
 from .progress import show_progress
@@ -127,7 +127,7 @@ def _described(pipe: Any) -> dict[str, Any]:
     """What tells a diffusers pipeline from others: its class and config, and of each component the class, the config, a
     scheduler's shift, and dtype and some values of the weights.
     """
-    found: dict[str, Any] = {"": [type(pipe).__name__, _config(pipe)]}
+    found: dict[str, Any] = {"": [type(pipe).__name__, public_config(pipe)]}
     for name, part in pipe.components.items():
         weights = part.named_parameters() if isinstance(part, nn.Module) else ()
         sampled = [
@@ -135,18 +135,11 @@ def _described(pipe: Any) -> dict[str, Any]:
             for key, weight in weights
             if weight.numel() and not weight.is_meta
         ]
-        shift = getattr(part, "shift", None)
-        found[name] = [type(part).__name__, _config(part), shift if isinstance(shift, int | float) else None, sampled]
+        config, shift = public_config(part), getattr(part, "shift", None)
+        if config is None:  # it may still be an object of one's own
+            config = getattr(getattr(part, "config", None), "__dict__", None)
+        found[name] = [type(part).__name__, config, shift if isinstance(shift, int | float) else None, sampled]
     return found
-
-
-def _config(part: Any) -> Any:
-    config = getattr(part, "config", None)
-    config = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(config, Mapping):
-        return getattr(config, "__dict__", None)
-    # What begins with "_" says how the config came about, in an order that differs from process to process.
-    return {str(key): value for key, value in config.items() if not str(key).startswith("_")}
 
 
 @contextlib.contextmanager

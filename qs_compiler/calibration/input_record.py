@@ -63,12 +63,14 @@ class InputRecorder:
             def read(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 self._read(name, args[0] if args else kwargs["input"])
 
-            def announce(_: nn.Module, args: Any, output: torch.Tensor, name: str = name) -> None:
-                self._ancestry.announce(name, output)
-
             self._open.callback(linear.register_forward_pre_hook(read, with_kwargs=True).remove)
-            self._open.callback(linear.register_forward_hook(announce).remove)
         if not self.record.stages:  # one forward says it for all
+            for name, linear in self._linears.items():
+
+                def announce(_: nn.Module, args: Any, output: torch.Tensor, name: str = name) -> None:
+                    self._ancestry.announce(name, output)
+
+                self._open.callback(linear.register_forward_hook(announce).remove)
             self._open.enter_context(self._ancestry)
         return self
 

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from .. import _compat
-from ..blocks import assign_parts, block_of, canonical, repeated_blocks
+from ..blocks import assign_parts, block_of, canonical, members, repeated_blocks
 from .base import GraphPass, PassContext, PassResult, call
 
 
@@ -41,32 +41,27 @@ class OutlineRepeatedBlocks(GraphPass):
         if context.exported:
             result.skip("the graph", "an ExportedProgram is one flat graph")
             return result
-        hoist_views(graph, assign_parts(graph, blocks))
-        parts = assign_parts(graph, blocks)
+        hoist_views(graph, members(assign_parts(graph, blocks)))
+        parts = members(assign_parts(graph, blocks))
         groups: dict[str, list[int]] = {}
-        for part in sorted({p for p in parts.values() if p % 2}):
-            nodes = [n for n, p in parts.items() if p == part]
-            groups.setdefault(canonical(nodes), []).append(part)
+        for part, nodes in parts.items():
+            if part % 2:
+                groups.setdefault(canonical(nodes), []).append(part)
         shared: dict[int, tuple[str, int]] = {}
-        for number, members in enumerate(groups.values()):
-            if len(members) < 2:
-                name = next(str(block_of(n)) for n, p in parts.items() if p == members[0])
-                result.skip(name, "no other block has the same graph")
+        for number, alike in enumerate(groups.values()):
+            if len(alike) < 2:
+                result.skip(str(block_of(parts[alike[0]][0])), "no other block has the same graph")
                 continue
-            shared.update({part: (f"quantsparse_{number}", members[0]) for part in members})
+            shared.update({part: (f"quantsparse_{number}", alike[0]) for part in alike})
         if shared:
             _compat.outline(context.capture.module, parts, shared)
             result.matched = len(shared)
         return result
 
 
-def hoist_views(graph: fx.Graph, parts: dict[fx.Node, int]) -> None:
+def hoist_views(graph: fx.Graph, parts: dict[int, list[fx.Node]]) -> None:
     """Take the views that leave a block behind it, so that what leaves it are buffers that it computes."""
-    blocks: dict[int, list[fx.Node]] = {}
-    for node, part in parts.items():
-        if part % 2:
-            blocks.setdefault(part, []).append(node)
-    for nodes in blocks.values():
+    for nodes in [nodes for part, nodes in parts.items() if part % 2]:
         inside, behind, copies = set(nodes), nodes[-1].next, dict[fx.Node, fx.Node]()
         leaving = [n for n in nodes if _compat.is_view(n) and not inside.issuperset(n.users)]
         for node in leaving:

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from qs_compiler.calibration.attention_call import AttentionListener
 from qs_compiler.demo.data import draw_scenes, render
 from qs_compiler.demo.model import FRAMES, load_model
 from qs_compiler.runtime.cache_layout import MASS
@@ -23,20 +22,16 @@ SHARE_OF_MASS = 0.94
 SHARE_AS_STORED = 0.985
 
 
-class Attentions(TorchFunctionMode):
+class Attentions(AttentionListener):
     """Keeps (q, k, v) of every self-attention."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            q, k, v = (*args, *kwargs.values())[:3]
-            if q.shape == k.shape:
-                self.found.append((q, k, v))
-        return func(*args, **kwargs)
+    def hear(self, call):
+        if call.is_self_attention:
+            self.found.append((call.query, call.key, call.value))
 
 
 @pytest.fixture(scope="module")
