@@ -14,7 +14,6 @@ they are judged on held-out clips. Writes benchmarks/results/head_budgets.json.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import time
@@ -27,6 +26,7 @@ from ssar_attention import pooled_scores
 
 from qs_compiler.artifact import package_versions
 from qs_compiler.calibration.attention_call import AttentionCall
+from qs_compiler.calibration.head_fit import spread
 from qs_compiler.demo.data import draw_scenes
 from qs_compiler.demo.metrics import mean_interval
 from qs_compiler.demo.model import load_model, sample
@@ -95,34 +95,6 @@ def outputs_of_all_budgets(
     return summed / mass[..., None], mass
 
 
-def fitted(curve: torch.Tensor, total: int) -> torch.Tensor:
-    """Budgets (H,) of at least 1 that sum to `total`, each block given where it lowers `curve` (H, budget) most."""
-    budgets = torch.ones(len(curve), dtype=torch.long)
-    hull = torch.stack([_convex(row) for row in curve])  # where a curve is not convex a step alone says too little
-    gains = -hull.diff(dim=1)
-    heads = torch.arange(len(curve))
-    for _ in range(total - len(curve)):
-        at = (budgets - 1).clamp(max=gains.shape[1] - 1)
-        open_ = budgets <= gains.shape[1]
-        budgets[torch.where(open_, gains[heads, at], -torch.inf).argmax()] += 1
-    return budgets
-
-
-def _convex(row: torch.Tensor) -> torch.Tensor:
-    """The greatest convex function below a falling curve."""
-    hull = [0]
-    for i in range(1, len(row)):
-        while len(hull) > 1 and (row[i] - row[hull[-2]]) * (hull[-1] - hull[-2]) <= (row[hull[-1]] - row[hull[-2]]) * (
-            i - hull[-2]
-        ):
-            hull.pop()
-        hull.append(i)
-    out = row.clone()
-    for a, b in itertools.pairwise(hull):
-        out[a : b + 1] = row[a] + (row[b] - row[a]) * torch.arange(b - a + 1, dtype=row.dtype) / (b - a)
-    return out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -157,7 +129,7 @@ def main() -> None:
                     budgets[layer] = torch.full((heads,), budget)
                     continue
                 falling = -curve[0] if policy == "mass" else curve[QUANTITIES.index(policy)]
-                budgets[layer] = fitted(falling, heads * budget)
+                budgets[layer] = spread(falling, heads * budget)
             row = {"density": density, "budgets": policy, "kept": {n: b.tolist() for n, b in budgets.items()}}
             for number, name in enumerate(QUANTITIES[:3]):
                 values = []

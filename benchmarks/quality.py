@@ -37,7 +37,7 @@ import qs_compiler as qs
 from qs_compiler import Recipe, _compat
 from qs_compiler.artifact import Artifact, package_versions
 from qs_compiler.calibration.closed_form import packed_forward
-from qs_compiler.calibration.residual_gains import GainFit
+from qs_compiler.calibration.head_fit import HeadFit
 from qs_compiler.calibration.settings import Settings
 from qs_compiler.calibration.transforms import moved
 from qs_compiler.calibration.walk import replaced_forwards
@@ -50,7 +50,7 @@ from qs_compiler.demo.trace import Setting
 from qs_compiler.ops import gathered_attention
 from qs_compiler.packing import pack_weight
 from qs_compiler.pipeline import plan_layers
-from qs_compiler.runtime.gains import give_gains
+from qs_compiler.runtime.head_values import give_head_values
 from qs_compiler.runtime.schedule import Schedule
 
 ROOT = Path(__file__).parent.parent
@@ -221,25 +221,25 @@ class Bench:
         torch.compiler.reset()
         artifact = Artifact.of(model, row.recipe, layers) if packs else None
         if row.fitted:
-            give_gains(model, self.gains(row))
+            give_head_values(model, self.head_values(row))
         qs.attach(model, artifact, recipe=row.recipe)
         with contextlib.nullcontext() if row.compiled else _compat.eager_graphs():
             yield model, True, measured
 
-    def gains(self, row: Row) -> dict[str, torch.Tensor]:
-        """The gains of a mixture, from full-precision runs of captions that were trained on, one clip each."""
+    def head_values(self, row: Row) -> dict[str, dict[str, torch.Tensor]]:
+        """What heads differ in, from full-precision runs of captions that were trained on, one clip each."""
         setting = self.setting("small")
-        key = {"gains": row.recipe.to_dict() | {"format": "off"}, "setting": dataclasses.asdict(setting), **self.key()}
-        path = self.args.cache / "gains" / f"{_digest(key)}.pt"
+        key = {"heads": row.recipe.to_dict() | {"format": "off"}, "setting": dataclasses.asdict(setting), **self.key()}
+        path = self.args.cache / "heads" / f"{_digest(key)}.pt"
         with alone_at(path):
             if not path.exists():
                 captions = draw_scenes(FITTED_CLIPS, GAINS_SEED).captions()
-                with torch.no_grad(), GainFit(self.model, row.recipe) as fit:
+                with torch.no_grad(), HeadFit(self.model, row.recipe) as fit:
                     for number, caption in enumerate(captions):
                         options = dict(dataclasses.asdict(setting), seed=GAINS_SEED + number)
                         with qs.denoising(self.model, setting.num_steps) as run:
                             sample(self.model, self.text, [caption], on_call=run.step, **options)
-                torch.save(fit.gains(), path)
+                torch.save(fit.values(), path)
         return torch.load(path)
 
     def _reset_peak(self) -> None:

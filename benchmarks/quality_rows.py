@@ -22,7 +22,7 @@ STAGES: dict[str, dict[str, Any] | None] = {
     "more": {},  # on MORE forwards
 }
 MORE = 64
-SPARSE = {
+SPARSE: dict[str, dict[str, Any]] = {
     "naive": {"correction": "none", "interval": 1000, "warmup": 0.0},  # one mask, chosen in the first step, for ever
     "none": {"correction": "none"},
     "first_order": {"correction": "first_order"},
@@ -30,6 +30,7 @@ SPARSE = {
     "second_order-k": {"correction": "second_order", "gain": "k/tau"},
     "mixture-0.25": {"correction": "mixture"},  # the default gain
     "mixture": {"correction": "mixture"},  # gains fitted in full precision
+    "by_head": {"correction": "mixture", "budgets": "fitted"},  # and numbers of blocks
     "complement": {"correction": "complement"},
     "staggered": {"correction": "mixture", "refresh": "staggered"},
     "adaptive": {"correction": "mixture", "refresh": "adaptive", "interval": 8},
@@ -46,7 +47,7 @@ class Row:
         grid: "small" (4,096 tokens) or "large" (13,824).
         compiled: through Inductor; otherwise the same graph, or the same linears, with the ops' references.
         forwards: that the calibration reads; None: as the command line says.
-        fitted: whether the gains of its mixture are fitted first.
+        fitted: whether what heads differ in is fitted first: gains of the mixture, numbers of blocks.
     """
 
     name: str
@@ -96,8 +97,8 @@ def all_rows() -> dict[str, Row]:
 
 def _sparse(form: str, percent: int, kind: str, grid: str) -> Row:
     base = Recipe.parse(f"{form}-d{percent}")
-    recipe = dataclasses.replace(base, **SPARSE[kind])
+    recipe = dataclasses.replace(base, **{"budgets": "uniform", **SPARSE[kind]})
     calibration = None if kind == "naive" or form == "off" else STAGES["default"]
     prefix = "large/" if grid == "large" else ""
     name = f"{prefix}{form}-d{percent}/{kind}"
-    return Row(name, recipe, calibration, grid, compiled=True, fitted=kind == "mixture")
+    return Row(name, recipe, calibration, grid, compiled=True, fitted=kind in ("mixture", "by_head"))

@@ -30,11 +30,12 @@ from ssar_rows import STEPS, WARMUP, Row, all_rows
 
 import qs_compiler as qs
 from qs_compiler.artifact import package_versions
-from qs_compiler.calibration.residual_gains import GainFit
+from qs_compiler.calibration.head_fit import HeadFit
 from qs_compiler.demo.data import draw_scenes
 from qs_compiler.demo.metrics import mean_interval
 from qs_compiler.demo.model import sample
 from qs_compiler.demo.trace import Setting
+from qs_compiler.runtime.head_values import GAINS
 
 RESULTS = Path(__file__).parent / "results" / "ssar.json"
 TRAINING_SEED, FIT_CLIPS = 7001, 4  # captions that the model was trained on, for the gains
@@ -68,14 +69,13 @@ class SsarBench(Bench):
         interval = interval_of(row)
         key = (row.method.density, interval)
         if key not in self._gains:
-            recipe = qs.Recipe(
-                format="off", density=key[0], interval=interval, warmup=WARMUP / STEPS, correction="mixture"
-            )
+            fields = {"density": key[0], "interval": interval, "warmup": WARMUP / STEPS}
+            recipe = qs.Recipe(format="off", budgets="uniform", **fields)
             captions = draw_scenes(FIT_CLIPS, TRAINING_SEED).captions()
-            with GainFit(self.model, recipe) as fit, qs.denoising(self.model, STEPS) as run:
+            with HeadFit(self.model, recipe) as fit, qs.denoising(self.model, STEPS) as run:
                 options = dataclasses.asdict(self.setting(str(STEPS)))
                 sample(self.model, self.text, captions, on_call=run.step, seed=TRAINING_SEED, **options)
-            self._gains[key] = {int(name.split(".")[1]): gains for name, gains in fit.gains().items()}
+            self._gains[key] = {int(name.split(".")[1]): gains for name, gains in fit.values()[GAINS].items()}
         return self._gains[key]
 
 

@@ -31,7 +31,7 @@ from .ops.dequantize import check as check_dequantize
 from .ops.library import FLOAT_DTYPES
 from .options import Recipe
 from .packing import PackedWeight
-from .runtime.gains import BUFFER
+from .runtime.head_values import BUFFERS, GAINS, SHARES
 from .source_model import SAMPLES, check_shape, config_hash, rest_of, sample_weight, source_weight, unwrap
 from .tensor_files import SHARD_BYTES, TensorReader, write_tensors
 
@@ -57,6 +57,7 @@ class Artifact:
             16-bit checkpoint (`load`); None if the artifact holds packed weights alone. Buffers that a checkpoint
             leaves out (rope tables) are there too: another version, or a cast, might compute others.
         gains: qualified name of an attention module -> the gains of its `mixture` correction, (H,) fp32.
+        shares: likewise, how many key blocks each head keeps, relative to their mean.
         metrics: what calibration measured; JSON values.
         versions: of the packages that it was made with.
     """
@@ -69,6 +70,7 @@ class Artifact:
     dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
     rest: dict[str, torch.Tensor] | None = None
     gains: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    shares: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: package_versions())
 
@@ -104,6 +106,11 @@ class Artifact:
             gains=dict(gains or {}),
             metrics=dict(metrics or {}),
         )
+
+    @property
+    def head_values(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What heads differ in, as `give_head_values` takes it."""
+        return {GAINS: self.gains, SHARES: self.shares}
 
     def fingerprint(self) -> str:
         """Digest of what the artifact is, without the values of its tensors (they are inputs of the compiled code)."""
@@ -162,9 +169,10 @@ class Artifact:
                 layers = {name: _read_layer(name, entry, tensors) for name, entry in plan["layers"].items()}
                 names = plan["rest"]
                 rest = None if names is None else {name: tensors.read(stored) for name, stored in names.items()}
-                gains = {
-                    name: _read_gains(name, tensors.read(stored)) for name, stored in plan.get("gains", {}).items()
-                }
+                gains, shares = (
+                    {name: _read_head_values(f"{name}.{buffer}", tensors.read(stored)) for name, stored in own.items()}
+                    for buffer, own in zip(BUFFERS, (plan.get("gains", {}), plan.get("shares", {})), strict=True)
+                )
             return cls(
                 recipe=Recipe.from_dict(plan["recipe"]),
                 model_class=plan["model_class"],
@@ -174,6 +182,7 @@ class Artifact:
                 dtypes={name: _read_dtype(plan["layers"][name]["dtype"]) for name in layers},
                 rest=rest,
                 gains=gains,
+                shares=shares,
                 metrics=plan["metrics"],
                 versions=plan["versions"],
             )
@@ -234,8 +243,11 @@ class Artifact:
                 "or calibrate again."
             )
 
-    def _tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], dict[str, torch.Tensor]]:
-        """Names of the tensors of each layer, of the rest, of the gains, and the tensors; shared ones once."""
+    def _tensors(
+        self,
+    ) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, dict[str, str]], dict[str, torch.Tensor]]:
+        """Names of the tensors of each layer, of the rest, of the values of heads, and the tensors; shared ones once.
+        """
         stored: dict[Any, str] = {}
         tensors: dict[str, torch.Tensor] = {}
 
@@ -250,11 +262,14 @@ class Artifact:
             for layer, packed in self.layers.items()
         }
         rest = {name: store(name, tensor) for name, tensor in (self.rest or {}).items()}
-        gains = {name: store(f"{name}.{BUFFER}", tensor) for name, tensor in self.gains.items()}
-        return layers, rest, gains, tensors
+        heads = {
+            buffer: {name: store(f"{name}.{buffer}", tensor) for name, tensor in own.items()}
+            for buffer, own in self.head_values.items()
+        }
+        return layers, rest, heads, tensors
 
     def _plan(self) -> dict[str, Any]:
-        names, rest, gains, _ = self._tensors()
+        names, rest, heads, _ = self._tensors()
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -275,7 +290,8 @@ class Artifact:
             },
             "samples": self.samples,
             "rest": None if self.rest is None else rest,
-            "gains": gains,
+            "gains": heads[GAINS],
+            "shares": heads[SHARES],
         }
 
 
@@ -345,10 +361,10 @@ def _read_samples(values: list[float]) -> list[float]:
     return [float(value) for value in values]
 
 
-def _read_gains(name: str, gains: torch.Tensor) -> torch.Tensor:
-    if gains.dim() != 1 or gains.dtype != torch.float32:
-        raise ArtifactError(f"the gains of '{name}' are {gains.dtype} of shape {tuple(gains.shape)}, not one a head")
-    return gains
+def _read_head_values(name: str, values: torch.Tensor) -> torch.Tensor:
+    if values.dim() != 1 or values.dtype != torch.float32 or not values.isfinite().all():
+        raise ArtifactError(f"'{name}' is {values.dtype} of shape {tuple(values.shape)}, not one finite number a head")
+    return values
 
 
 def _read_dtype(name: str) -> torch.dtype:

@@ -25,7 +25,7 @@ from .options import BackendOptions
 from .packed_linear import PackedLinear
 from .packing import PackedWeight
 from .pipeline import announce_steps, compile_attached, replace_linears
-from .runtime.gains import check_gains, give_gains
+from .runtime.head_values import check_head_values, give_head_values
 
 
 def load(
@@ -72,9 +72,9 @@ def load(
     with parameters_on_meta():
         model = _build(model_class, _read_config(config))
     artifact.check_architecture(model)
-    check_gains(model, artifact.gains)
+    check_head_values(model, artifact.head_values)
     _fill(model, artifact, torch.device(device), dtype)
-    give_gains(model, artifact.gains)
+    give_head_values(model, artifact.head_values)
     model.eval()
     if compile:
         compile_attached(model, parsed)

@@ -60,6 +60,7 @@ CORRECTIONS = ("none", "first_order", "second_order", "complement", "mixture")
 GAINS = ("0", "1", "k/tau", "clipped")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 MASKS = ("pooled", "mass", *STATIC_MASKS)
+BUDGETS = ("uniform", "fitted")
 OVERRIDABLE = ("format", "density")
 REFRESHES = ("fixed", "staggered", "adaptive")
 CACHE_FORMATS = ("bf16", "fp8", "int8", "int4", "rank16", "rank32")
@@ -77,6 +78,8 @@ class Recipe:
         block_size: tokens of a query block and of a key block.
         mask: what ranks the key blocks: `pooled` q and k; the `mass` of the last refresh, pooled in the first two of a
             video; or places alone: `spatial` or `temporal` bands, `radial` decay (runtime/token_layout.py).
+        budgets: key blocks of each head: `uniform`, or `fitted` by calibration: as many in a layer, shared out to the
+            heads that need them most (uniform until they are fitted; docs/masks.md).
         token_order: of the blocks: `rows` of the video, or `tiles`, boxes of it (docs/masks.md).
         always_keep: sets of key blocks that are kept whatever their rank, within the density: `text`, `first_frame`,
             `neighbourhood`. A query block's own key block always is.
@@ -111,6 +114,7 @@ class Recipe:
     attention: Literal["16bit", "int8", "int8-fp8", "fp8"] = "16bit"
     block_size: int = 128
     mask: Literal["pooled", "mass", "spatial", "temporal", "radial"] = "pooled"
+    budgets: Literal["uniform", "fitted"] = "fitted"
     token_order: Literal["rows", "tiles"] = "rows"
     always_keep: tuple[str, ...] = ()
     correction: Literal["none", "first_order", "second_order", "complement", "mixture"] = "mixture"
@@ -132,6 +136,7 @@ class Recipe:
         _one_of("attention", self.attention, tuple(ATTENTIONS))
         _one_of("block_size", self.block_size, (64, 128))
         _one_of("mask", self.mask, MASKS)
+        _one_of("budgets", self.budgets, BUDGETS)
         _one_of("token_order", self.token_order, ("rows", "tiles"))
         if isinstance(self.always_keep, str) or not isinstance(self.always_keep, Iterable):
             raise RecipeError(f"always_keep must be a sequence of {', '.join(ALWAYS_KEPT)}, not {self.always_keep!r}.")

@@ -19,7 +19,7 @@ from .errors import ArtifactError, OptionError, UnsupportedError
 from .options import BackendOptions, Recipe
 from .packed_linear import PackedLinear
 from .packing import PackedWeight, why_not
-from .runtime.gains import check_gains, give_gains
+from .runtime.head_values import check_head_values, give_head_values
 from .runtime.tracker import modules_of, track
 
 EXPERTS = ("transformer", "transformer_2")
@@ -65,7 +65,7 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
             replacements[name] = {}
         elif own is not None:
             own.check_model(module)
-            check_gains(module, own.gains)
+            check_head_values(module, own.head_values)
             replacements[name] = own.layers
         else:
             replacements[name] = plan_layers(module, parsed[name].recipe)
@@ -76,7 +76,7 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
     for name, module in modules.items():
         replace_linears(module, replacements[name])
         if name in artifacts:
-            give_gains(module, artifacts[name].gains)
+            give_head_values(module, artifacts[name].head_values)
         if compile:
             compile_attached(module, parsed[name])
     announce_steps(target, list(modules.values()), parsed)

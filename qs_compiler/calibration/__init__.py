@@ -9,7 +9,7 @@ closed_form.py   the linears of a block one after the other;  input_record.py: w
                  smoothing.py, transforms.py, weight_grid.py, gptq.py: how they are quantised
 msad.py          distillation;  attention_maps.py: of attention;  fake_linear.py: through what
                  sparse_attention.py: through the blocks that a sparse step keeps
-residual_gains.py  the gains of a correction;  attention_call.py: how both hear attention
+head_fit.py      what heads differ in;  attention_call.py: how both hear attention
 """
 
 if __name__ != "qs_compiler.calibration":

@@ -16,19 +16,20 @@ from ..errors import OptionError, UnsupportedError
 from ..options import Recipe
 from ..packed_linear import PackedLinear
 from ..pipeline import EXPERTS, hear_steps, plan_layers
-from ..runtime.gains import DEFAULT_GAIN
+from ..runtime.head_values import DEFAULT_GAIN, GAINS, SHARES
 from ..runtime.tracker import modules_of
 from ..source_model import public_config, sample_weight
 from .blockwise import Calibration
+from .head_fit import HeadFit, fits_heads
 from .kept_runs import KeptRuns
 from .progress import show_progress
-from .residual_gains import GainFit, fits_gains
 from .samples import Sample, caught_samples, given_samples
 from .settings import Settings
 
 UNFITTED = (
-    "the gains of the correction 'mixture' were not fitted, since nothing said which denoising step a forward is: "
-    f"every head gets {DEFAULT_GAIN}. Calibrate a pipeline, or give run=..., a loop that uses qs_compiler.denoising."
+    "what heads differ in was not fitted, since nothing said which denoising step a forward is: every head keeps as "
+    f"many blocks, and has a gain of {DEFAULT_GAIN} in a mixture. Calibrate a pipeline, or give run=..., a loop that "
+    "uses qs_compiler.denoising."
 )
 
 
@@ -49,8 +50,9 @@ def calibrate(
 
     Block by block, in the order in which the model calls them: scales are searched, weights are rounded so that the
     output of each linear changes least, and what the blocks before have spoilt is made good as far as it can be. The
-    model is left as it was. The gains of a sparse recipe with the correction `mixture` are fitted in the same runs, if
-    those announce their denoising steps: a diffusers pipeline, or a `run` of one's own that uses `denoising`.
+    model is left as it was. What heads of a sparse recipe differ in, numbers of blocks and gains of the correction
+    `mixture`, is fitted in the same runs, if those announce their denoising steps: a diffusers pipeline, or a `run` of
+    one's own that uses `denoising`.
 
     Args:
         target: a diffusers pipeline, or a module in full precision.
@@ -89,11 +91,11 @@ def calibrate(
         modes.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has no modules to look into
         for module in modules.values():
             modes.enter_context(_evaluating(module))
-        fits: dict[str, GainFit] = {}
+        fits: dict[str, HeadFit] = {}
         with contextlib.ExitStack() as fitting:
-            if fits_gains(recipe):
+            if fits_heads(recipe):
                 fitting.enter_context(hear_steps(target, list(modules.values())))
-                fits = {name: fitting.enter_context(GainFit(module, recipe)) for name, module in modules.items()}
+                fits = {name: fitting.enter_context(HeadFit(module, recipe)) for name, module in modules.items()}
             pipe_options, folder = dict(pipe_options or {}), None if output_dir is None else Path(output_dir)
             key = None  # of a function, or a pipeline of one's own, nobody can tell what it will run
             if folder is not None and isinstance(data, (list, tuple)) and hasattr(target, "components"):
@@ -107,7 +109,8 @@ def calibrate(
             with show_progress(work.units, progress) as shown:
                 found[name] = work.run(shown, include_rest)
             if name in fits:
-                found[name].gains = fits[name].gains()
+                values = fits[name].values()
+                found[name].gains, found[name].shares = values[GAINS], values[SHARES]
                 if not fits[name].announced:
                     warnings.warn(UNFITTED, stacklevel=2)
     return found if len(found) > 1 else found[EXPERTS[0]]

@@ -17,23 +17,23 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError
-from .residual_gains import GainFit
+from .head_fit import HeadFit
 from .samples import Sample
 
 log = logging.getLogger("qs_compiler.calibration")
 
 
 class KeptRuns:
-    """The runs of one calibration: the forwards that were kept of each, and the gains as they were fitted by then.
+    """The runs of one calibration: the forwards that were kept of each, and what was learned of heads by then.
 
     Args:
         folder: None keeps nothing.
         key: what tells these runs from others, as JSON values. None keeps nothing, and so does what is no JSON value:
             of an image or a callback nobody can tell whether it is the same.
-        fits: of the modules whose gains are fitted in the runs.
+        fits: of the modules whose heads are fitted in the runs.
     """
 
-    def __init__(self, folder: Path | None, key: Any, fits: Mapping[str, GainFit]) -> None:
+    def __init__(self, folder: Path | None, key: Any, fits: Mapping[str, HeadFit]) -> None:
         self._fits = fits
         try:
             self._key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -42,7 +42,7 @@ class KeptRuns:
         self._folder = None if key is None or folder is None else folder / "runs"
 
     def load(self, number: int) -> dict[str, list[Sample]] | None:
-        """What was kept of a run, by module; None if it is not there. The gains are set to what they were after it.
+        """What was kept of a run, by module; None if it is not there. The fits go on from there.
 
         Raises:
             ArtifactError: it belongs to another calibration, or cannot be read.
@@ -60,7 +60,7 @@ class KeptRuns:
                 "choose another output_dir, or delete this one to start anew."
             )
         for name, fit in self._fits.items():
-            fit.restore(found["gains"][name])
+            fit.restore(found["heads"][name])
         return {name: [Sample(*fields) for fields in samples] for name, samples in found["samples"].items()}
 
     def save(self, number: int, samples: Mapping[str, list[Sample]]) -> None:
@@ -72,7 +72,7 @@ class KeptRuns:
         found = {
             "key": self._key,
             "samples": {name: [(s.args, s.kwargs, s.autocast) for s in own] for name, own in samples.items()},
-            "gains": {name: fit.state() for name, fit in self._fits.items()},
+            "heads": {name: fit.state() for name, fit in self._fits.items()},
         }
         part = path.with_suffix(".part")
         try:

@@ -36,14 +36,14 @@ TEMPLATE = make_template("quantsparse_select_blocks", grid, read_template("selec
 
 
 @register_lowering(OP, type_promotion_kind=None)
-def lower_select_blocks(scores, always_keep, budget):
+def lower_select_blocks(scores, always_keep, budget, budgets=None):
     device = scores.get_device()
     if device.type == "cpu":
-        return extern_kernel(OP)(scores, always_keep, budget)
+        return extern_kernel(OP)(scores, always_keep, budget, budgets)
     size = scores.get_size()
     if (reason := why_not(device, size[3])) is not None:
-        return call_reference(OP, reason, scores, always_keep, budget)
-    inputs = [ir.ExternKernel.realize_input(x) for x in (scores, always_keep) if x is not None]
+        return call_reference(OP, reason, scores, always_keep, budget, budgets)
+    inputs = [ir.ExternKernel.realize_input(x) for x in (scores, always_keep, budgets) if x is not None]
     width = padded_row(size[3])
     indices = select_template(
         "quantsparse_select_blocks",
@@ -55,9 +55,12 @@ def lower_select_blocks(scores, always_keep, budget):
         WIDTH=width,
         BUDGET=budget,
         HAS_ALWAYS=always_keep is not None,
+        BY_HEAD=budgets is not None,
         ACC_TYPE="tl.int32",
     )
-    return L.full(size[:3], budget, dtype=torch.int32, device=device), indices
+    if budgets is None:
+        return L.full(size[:3], budget, dtype=torch.int32, device=device), indices
+    return L.clone(L.expand(L.view(budgets, [1, size[1], 1]), size[:3])), indices
 
 
 def padded_row(blocks) -> int:

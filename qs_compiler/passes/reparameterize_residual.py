@@ -22,8 +22,8 @@ With w the dropped share of a row's softmax at the refresh, and g one gain a hea
 
 Refresh, after:   w = 1 - exp(refresh[3] - refresh[1])
                   aten.copy_(residual, refresh[2] + gains * w * (refresh[0] - refresh[2]))
-                  aten.copy_(kept_weight, 1 - gains * w)
-Sparse, after:    o = quantsparse.add_residual(sparse[0] * kept_weight, residual, ...)
+                  aten.copy_(mixture_weight, gains * w)
+Sparse, after:    o = quantsparse.add_residual(sparse[0] * (1 - mixture_weight), residual, ...)
 
 With a cache format of rank r the residual itself is stored as factors, residual ~ residual_left residual_right.
 
@@ -39,7 +39,7 @@ import torch
 from torch import fx
 
 from ..ops.expand_w4 import join_nibbles, unpack_int4
-from ..runtime.cache_layout import FACTORS, SCALES, VALUES, cache_rank, cache_slots
+from ..runtime.cache_layout import FACTORS, MIXTURE_WEIGHT, SCALES, VALUES, cache_rank, cache_slots
 from ..runtime.inputs import HeadGains
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, call, splice
 from .sparsify_attention import _fake, cache_input, flag
@@ -78,7 +78,7 @@ class ReparameterizeResidual(GraphPass):
             with graph.inserting_before(anchor):
                 dense, dense_lse = (call(graph, node, operator.getitem, node, i) for i in (0, 1))
             gains = gains_input(context, site, correction)
-            correction, kept_weight = splice(graph, anchor, _mixture, dense, dense_lse, correction, lse, gains)
+            correction, weight = splice(graph, anchor, _mixture, dense, dense_lse, correction, lse, gains)
         caches = residual_inputs(context, site, correction)
         stored = splice(graph, anchor, store(recipe.cache_format), correction)
         if recipe.correction == "second_order":
@@ -92,8 +92,8 @@ class ReparameterizeResidual(GraphPass):
             caches += (cache_input(context, site, "state_lse", lse),)
             stored += (lse,)
         if recipe.correction == "mixture":
-            caches += (cache_input(context, site, "kept_weight", lse),)
-            stored += (kept_weight,)
+            caches += (cache_input(context, site, "mixture_weight", lse),)
+            stored += (weight,)
         with graph.inserting_before(anchor):
             for cache, new in zip(caches, stored, strict=True):
                 call(graph, node, aten.copy_.default, cache, new)
@@ -124,7 +124,7 @@ class ReparameterizeResidual(GraphPass):
                 terms.append((None, None, *second))
         new, consumers = out, list(out.users)
         if recipe.correction == "mixture":
-            new = splice(graph, out.next, _weighted, out, cache_input(context, site, "kept_weight", out))
+            new = splice(graph, out.next, _weighted, out, cache_input(context, site, "mixture_weight", out))
         for term in terms:
             with graph.inserting_after(new):
                 new = call(graph, node, qs.add_residual.default, new, *term)
@@ -182,14 +182,14 @@ def load(cache_format: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
 def _mixture(
     dense: torch.Tensor, lse: torch.Tensor, residual: torch.Tensor, lse_kept: torch.Tensor, gains: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a mixture adds in the steps to come, (B, H, S, D), and the weight of their sparse output, (B, H, S)."""
+    """What a mixture adds in the steps to come, (B, H, S, D), and what their sparse output weighs less, (B, H, S)."""
     follows = gains[:, None] * (1 - torch.exp(torch.clamp(lse_kept - lse, max=0)))
     kept = dense.float() - residual.float()
-    return (residual.float() + follows[..., None] * kept).to(residual.dtype), 1 - follows
+    return (residual.float() + follows[..., None] * kept).to(residual.dtype), follows.to(MIXTURE_WEIGHT)
 
 
 def _weighted(o: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (o.float() * weight.unsqueeze(-1)).to(o.dtype)
+    return (o.float() * (1 - weight.float()).unsqueeze(-1)).to(o.dtype)
 
 
 def _second_order(cache_format: str, rank: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -6,11 +6,14 @@ After, sparse:   sparse = torch.ops.quantsparse.sparse_attention.default(q, k, v
                  o = sparse[0]
 
 After, refresh:  scores = torch.ops.quantsparse.block_scores.default(q, k, kv_len, scale, 128)
-                 kept = torch.ops.quantsparse.select_blocks.default(scores, always_keep, budget)
+                 kept = torch.ops.quantsparse.select_blocks.default(scores, always_keep, budget, budgets)
                  refresh = torch.ops.quantsparse.refresh_attention.default(q, k, v, ..., kept[0], kept[1], ...)
                  o = refresh[0]                                   # dense
                  copy_ = torch.ops.aten.copy_.default(kv_num_blocks, kept[0])
-                 copy__1 = torch.ops.aten.copy_.default(kv_indices, kept[1][..., :budget].to(torch.int16))
+                 copy__1 = torch.ops.aten.copy_.default(kv_indices, kept[1][..., :most].to(torch.int16))
+
+`budgets` (H,) are fitted by calibration, those of the layer that runs; with `budgets="uniform"` there are none, every
+head keeps `budget` blocks, and the lists have no room for more.
 
 With `mask="mass"` a refresh leaves the mass of each key block to the next one, which ranks by it. The mass is estimated
 by the log-sum-exps of the refresh before (ops/refresh_attention.py), so the first refresh of a video has none to leave,
@@ -39,8 +42,8 @@ from torch import fx
 
 from .. import _compat
 from ..errors import RecipeError
-from ..runtime.cache_layout import MASS, block_budget, cache_slots, probe_stride
-from ..runtime.inputs import Cached, Scalar
+from ..runtime.cache_layout import MASS, block_budget, cache_slots, most_blocks, probe_stride
+from ..runtime.inputs import Cached, HeadBudgets, Scalar
 from ..runtime.token_layout import STATIC_MASKS, LayoutInput, layout_tensor
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, call, splice, upstream
 from .trim_padding_mask import attention_mask
@@ -84,8 +87,7 @@ class SparsifyAttention(GraphPass):
                 kv_blocks=kv_blocks,
                 shape=tuple(q.shape),
             )
-            if context.recipe.always_keep:
-                check_always_kept(node, site, context)
+            always_kept(node, site, context)  # whether they fit into the budget is known in every phase
             context.sites.append(site)
             result.matched += 1
             if context.phase is Phase.DENSE:
@@ -137,12 +139,16 @@ class SparsifyAttention(GraphPass):
             # D and D_prev must belong to one mask, so a video keeps the mask of its first refresh.
             first = flag(context, site, q, "new_video")
             scores = splice(graph, node, _keep_old, first, scores, *lists)
+        most = most_blocks(recipe, site.kv_blocks)
+        budgets = ()
+        if recipe.budgets == "fitted":
+            budgets = (budgets_input(context, site, q, always_kept(node, site, context), most),)
         if recipe.always_keep:
             always = _places(node, context, "always_kept")
-            kept = splice(graph, node, qs.select_blocks.default, scores, always, site.budget)
+            kept = splice(graph, node, qs.select_blocks.default, scores, always, site.budget, *budgets)
         else:
-            kept = splice(graph, node, _select, scores, site.budget)
-        stored = (kept[0], splice(graph, node, _listed, kept[1], site.budget))
+            kept = splice(graph, node, _select, scores, site.budget, *budgets)
+        stored = (kept[0], splice(graph, node, _listed, kept[1], most))
         with graph.inserting_before(node):
             correction = "complement" if recipe.correction == "complement" else "residual"
             many = call(
@@ -248,9 +254,22 @@ def _drift(q: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
     return (change.square().sum() / then.square().sum().clamp_min(1e-12)).sqrt().reshape(1)
 
 
-def check_always_kept(node: fx.Node, site: AttentionSite, context: PassContext) -> None:
-    """Raise a RecipeError where a query block of a site would always keep more than the budget."""
+def budgets_input(context: PassContext, site: AttentionSite, like: fx.Node, least: int, most: int) -> fx.Node:
+    """Graph input for the key blocks of each head, (H,) int32: the artifact's for the layer that runs."""
+    heads = site.shape[1]
+    provider = HeadBudgets(site.anchor, heads, site.budget, least, most, like.meta["val"].device)
+    return context.add_input(f"budgets_{site.index}", _fake(like, (heads,), torch.int32), provider)
+
+
+def always_kept(node: fx.Node, site: AttentionSite, context: PassContext) -> int:
+    """The most key blocks that a query block of a site always keeps: its own is one.
+
+    Raises:
+        RecipeError: more than the budget.
+    """
     sets = context.recipe.always_keep
+    if not sets:
+        return 1
     wanted = LayoutInput(node.meta["token_layout"], "always_kept", torch.device("cpu"), sets)
     most = int(layout_tensor(wanted).sum(-1).max())
     if most > site.budget:
@@ -258,6 +277,7 @@ def check_always_kept(node: fx.Node, site: AttentionSite, context: PassContext) 
             f"always_keep={list(sets)} keeps {most} of {site.kv_blocks} key blocks for one query block of {site.name}, "
             f"and density {context.recipe.density} leaves {site.budget}; raise the density or name fewer sets."
         )
+    return most
 
 
 def _places(node: fx.Node, context: PassContext, what: str) -> fx.Node:
@@ -274,9 +294,9 @@ def _for_all_heads(scores: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return scores.expand(*q.shape[:2], *scores.shape).contiguous()
 
 
-def _select(scores: torch.Tensor, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _select(scores: torch.Tensor, budget: int, *budgets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     always_keep = torch.eye(scores.shape[-2], scores.shape[-1], dtype=torch.bool, device=scores.device)
-    return qs.select_blocks.default(scores, always_keep, budget)
+    return qs.select_blocks.default(scores, always_keep, budget, *budgets)
 
 
 def _by_mass(first: torch.Tensor, pooled: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
@@ -304,8 +324,8 @@ def _keep_old(first: torch.Tensor, scores: torch.Tensor, number: torch.Tensor, i
     return torch.where(first, scores, old)
 
 
-def _listed(indices: torch.Tensor, budget: int) -> torch.Tensor:
-    return indices[..., :budget].to(torch.int16)
+def _listed(indices: torch.Tensor, most: int) -> torch.Tensor:
+    return indices[..., :most].to(torch.int16)
 
 
 def _fake(like: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -3,13 +3,13 @@
 Bytes of one layer and branch, for q of shape (B, H, S, D) and blocks of `block_size` tokens, n = ceil(S / block_size):
 
     probe of q       B H D times 2, times rows that are looked at (up to 511): adaptive refreshes only
-    block lists      B H n (4 + 2 kept): the kept blocks only, int16
+    block lists      B H n (4 + 2 kept): the kept blocks only, int16; with budgets by head room for half as many more
     residual         B H S D times 2 (bf16), 1 (fp8, int8) or 1/2 (int4)
     its scales       B H S times 4 (fp8, int8) or 2 (int4)
     or its factors   B H r (S + D) times 2 (rank16, rank32)
     second order     B H r (S + D) times 2 more
     complement       B H S times 4 more, the log-sum-exp of the dropped blocks
-    mixture          B H S times 4 more, the weight of the sparse output
+    mixture          B H S times 2 more, what the sparse output weighs less than 1
     mask "mass"      B H n n times 2 and B H S times 4 more, the mass of each block and the log-sum-exps
 """
 
@@ -28,6 +28,8 @@ VALUES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8
 # An int4 code is off by up to 1/14 of its row's largest value; a scale of 8 significant bits adds 1/512 of the value.
 SCALES = {"fp8": torch.float32, "int8": torch.float32, "int4": torch.bfloat16}
 FACTORS = torch.bfloat16
+MIXTURE_WEIGHT = torch.bfloat16  # a gain times a share, hence small: 1 less it is off by less than bfloat16 outputs are
+LARGEST_SHARE = 1.5  # of the uniform number of blocks, that a head may keep: the lists are as long
 MASS = torch.bfloat16  # it only ranks blocks; small masses keep their order, for the exponents are those of float32
 
 
@@ -53,10 +55,9 @@ def cache_slots(recipe: Recipe, shape: tuple[int, int, int, int]) -> dict[str, S
     """Slot name -> what one branch keeps of one attention whose q has `shape` (B, H, S, D)."""
     batch, heads, rows, dim = shape
     blocks = math.ceil(rows / recipe.block_size)
-    kept = block_budget(recipe.density, blocks)
     slots = {
         "kv_num_blocks": Slot((batch, heads, blocks), torch.int32),
-        "kv_indices": Slot((batch, heads, blocks, kept), torch.int16),
+        "kv_indices": Slot((batch, heads, blocks, most_blocks(recipe, blocks)), torch.int16),
     }
     if recipe.refresh == "adaptive":
         slots["probe"] = Slot((batch, heads, math.ceil(rows / probe_stride(rows)), dim), torch.bfloat16)
@@ -78,7 +79,7 @@ def cache_slots(recipe: Recipe, shape: tuple[int, int, int, int]) -> dict[str, S
     if recipe.correction == "complement":
         slots["state_lse"] = Slot((batch, heads, rows), torch.float32)
     if recipe.correction == "mixture":
-        slots["kept_weight"] = Slot((batch, heads, rows), torch.float32)
+        slots["mixture_weight"] = Slot((batch, heads, rows), MIXTURE_WEIGHT)
     return slots
 
 
@@ -100,6 +101,12 @@ def probe_stride(rows: int) -> int:
 def block_budget(density: float, kv_blocks: int) -> int:
     """Key blocks kept for each query block: the density's share, at least one."""
     return max(1, round(density * kv_blocks))
+
+
+def most_blocks(recipe: Recipe, kv_blocks: int) -> int:
+    """Key blocks that a head may keep for each query block."""
+    budget = block_budget(recipe.density, kv_blocks)
+    return min(math.ceil(LARGEST_SHARE * budget), kv_blocks) if recipe.budgets == "fitted" else budget
 
 
 def cache_rank(cache_format: str) -> int | None:

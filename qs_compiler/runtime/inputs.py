@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .gains import gains_of
+from .head_values import budgets_of, gains_of
 
 if TYPE_CHECKING:
     from ..options import Recipe
@@ -59,6 +59,21 @@ class HeadGains:
 
     def resolve(self, args: Sequence[Any], frame: Frame) -> torch.Tensor:
         return gains_of(args[self.anchor], self.heads, self.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadBudgets:
+    """Key blocks of each head, (H,) int32: as fitted for the layer that owns `args[anchor]`, else `budget` each."""
+
+    anchor: int
+    heads: int
+    budget: int
+    least: int
+    most: int
+    device: torch.device
+
+    def resolve(self, args: Sequence[Any], frame: Frame) -> torch.Tensor:
+        return budgets_of(args[self.anchor], self.heads, self.budget, self.least, self.most, self.device)
 
 
 @dataclasses.dataclass(frozen=True)

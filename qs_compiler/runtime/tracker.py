@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import SignalError
 from .caches import CacheEntry
-from .gains import note_gains
+from .head_values import note_head_values
 from .schedule import Decision
 
 _VIDEO_NUMBERS = itertools.count(1)
@@ -121,7 +121,7 @@ def track(*modules: torch.nn.Module) -> ModelTracker:
         tracker = next((_TRACKERS[m] for m in modules if m in _TRACKERS), None) or ModelTracker()
         for module in modules:
             _TRACKERS[module] = tracker
-            note_gains(module)
+            note_head_values(module)
             for tensor in itertools.chain(module.parameters(), module.buffers()):
                 owners = _OWNERS.setdefault(tensor, [])
                 if not any(ref() is tracker for ref in owners):

@@ -26,11 +26,14 @@ def score(q, k, kv_len, block=BLOCK):
     return function, [t for t in (q, k, kv_len) if t is not None]
 
 
-def select(scores, always, budget):
+def select(scores, always, budget, budgets=None):
     def function(*given):
-        return quantsparse.select_blocks(*(given if len(given) == 2 else (*given, None)), budget)
+        given = list(given)
+        scores, always = given.pop(0), None if no_mask else given.pop(0)
+        return quantsparse.select_blocks(scores, always, budget, *given)
 
-    return function, [t for t in (scores, always) if t is not None]
+    no_mask = always is None
+    return function, [t for t in (scores, always, budgets) if t is not None]
 
 
 def generated(cases):
@@ -121,6 +124,15 @@ def test_special_scores_and_budgets(tmp_path):
     check_lists([*cases, *(select(special_scores(), always, budget) for budget in (2, 7))], tmp_path)
 
 
+def test_heads_of_unlike_budgets(tmp_path):
+    always = torch.eye(5, 7, dtype=torch.bool)
+    budgets = torch.tensor([7, 1, 4], dtype=torch.int32)
+    scores = torch.rand(2, 3, 5, 7).mul(4).round()
+    strided = torch.stack([budgets, budgets + 100], 1)[:, 0]
+    cases = [select(scores, always, 4, budgets), select(scores, None, 4, strided)]
+    check_lists([*cases, select(special_scores(), None, 3, torch.tensor([0, 6], dtype=torch.int32))], tmp_path)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rows_of_every_width(dtype, tmp_path):
     cases = []
@@ -163,6 +175,8 @@ def test_templates_compile_and_fit(capability, tmp_path):
         cases += [
             select(torch.empty(1, 24, 64, n), torch.empty(64, n, dtype=torch.bool), n // 4) for n in (7, 930, 8192)
         ]
+        scores, by_head = torch.empty(1, 24, 64, 930), torch.empty(24, dtype=torch.int32)
+        cases.append(select(scores, torch.empty(64, 930, dtype=torch.bool), 232, by_head))
     for function, args in cases:
         sources = kernel_sources(cuda_code(function, *args, capability=capability))
         [source] = [s for name, s in sources.items() if "_tem_" in name]

@@ -163,11 +163,11 @@ def sparse_step(q, k, v, counts, indices, residual):
     return (o.transpose(1, 2).flatten(2),)
 
 
-def mixture_step(q, k, v, counts, indices, residual, kept_weight):
+def mixture_step(q, k, v, counts, indices, residual, mixture_weight):
     o, _ = quantsparse.sparse_attention(
         q, k, v, None, None, None, counts, indices, None, None, None, 0.2, BLOCK, q.dtype
     )
-    o = (o.float() * kept_weight.unsqueeze(-1)).to(o.dtype)
+    o = (o.float() * (1 - mixture_weight.float()).unsqueeze(-1)).to(o.dtype)
     o = quantsparse.add_residual(o, residual, None, None, None, None)
     return (o.transpose(1, 2).flatten(2),)
 

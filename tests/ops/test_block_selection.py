@@ -92,12 +92,26 @@ def test_always_kept_blocks_count_inside_the_budget():
         select_blocks(scores, always, 1)
 
 
+def test_heads_may_keep_unlike_numbers():
+    scores, always = torch.rand(2, 3, 5, 7), torch.eye(5, 7, dtype=torch.bool)
+    budgets = torch.tensor([1, 7, 4], dtype=torch.int32)
+    counts, indices = select_blocks(scores, always, 4, budgets)
+    assert counts.dtype == torch.int32 and counts.is_contiguous()
+    for head, budget in enumerate(budgets.tolist()):
+        wanted = select_blocks(scores[:, head : head + 1], always, budget)
+        assert torch.equal(counts[:, head : head + 1], wanted[0])
+        assert torch.equal(indices[:, head : head + 1], wanted[1])
+
+
 def test_opcheck():
     q, k, _ = random_qkv(1, 2, 1, 65, 40, 16, torch.bfloat16)
     torch.library.opcheck(block_scores, (q, k, torch.tensor([33], dtype=torch.int32), 0.2, BLOCK))
     torch.library.opcheck(block_scores, (q, k, None, 0.2, BLOCK))
     always = torch.eye(5, 7, dtype=torch.bool)
     torch.library.opcheck(select_blocks, (torch.rand(2, 3, 5, 7), always, 3))
+    torch.library.opcheck(
+        select_blocks, (torch.rand(2, 3, 5, 7), always, 3, torch.tensor([2, 3, 4], dtype=torch.int32))
+    )
 
 
 def test_bad_input_is_named():
@@ -105,5 +119,12 @@ def test_bad_input_is_named():
         select_blocks(torch.rand(1, 1, 5, 7), None, 8)
     with pytest.raises(OpInputError, match=r"always_keep has shape \(7, 5\)"):
         select_blocks(torch.rand(1, 1, 5, 7), torch.zeros(7, 5, dtype=torch.bool), 3)
+    for budgets, words in (
+        (torch.ones(2, dtype=torch.int32), r"budgets has shape \(2,\)"),
+        (torch.ones(1), "budgets is float32"),
+        (torch.full((1,), 8, dtype=torch.int32), r"budgets lie in 8\.\.8.*0\.\.7"),
+    ):
+        with pytest.raises(OpInputError, match=words):
+            select_blocks(torch.rand(1, 1, 5, 7), None, 3, budgets)
     with pytest.raises(OpInputError, match="block_size is -1"):
         block_scores(torch.rand(1, 1, 5, 8), torch.rand(1, 1, 5, 8), None, 1.0, -1)

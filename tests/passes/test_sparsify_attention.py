@@ -55,8 +55,12 @@ def test_refresh_renews_the_lists_and_the_residual(context) -> None:
     assert (sparsified.matched, corrected.matched) == (1, 1)
     assert ops.count("quantsparse.refresh_attention.default") == ops.count("quantsparse.select_blocks.default") == 1
     assert "aten.scaled_dot_product_attention.default" not in ops
-    assert names == ["kv_num_blocks_0", "kv_indices_0", "residual_0"]
+    assert names == ["kv_num_blocks_0", "kv_indices_0", "budgets_0", "residual_0"]
     assert ops.count("aten.copy_.default") == 3
+    ops, names, *_, ctx = run(context, Phase.REFRESH, budgets="uniform")
+    assert names == ["kv_num_blocks_0", "kv_indices_0", "residual_0"]
+    (selected,) = ctx.capture.module.graph.find_nodes(op="call_function", target=qs.select_blocks.default)
+    assert len(selected.args) == 3
 
 
 def test_sparse_reads_them(context) -> None:
@@ -69,7 +73,8 @@ def test_sparse_reads_them(context) -> None:
 def test_second_order_keeps_one_mask_a_video(context) -> None:
     ops, names, *_ = run(context, Phase.REFRESH, correction="second_order", cache_format="int8")
     assert names == [
-        "kv_num_blocks_0", "kv_indices_0", "new_video_0", "residual_0", "residual_scale_0", "left_0", "right_0",
+        "kv_num_blocks_0", "kv_indices_0", "new_video_0", "budgets_0", "residual_0", "residual_scale_0", "left_0",
+        "right_0",
     ]  # fmt: skip
     assert ops.count("quantsparse.low_rank.default") == 1
     assert ops.count("aten.copy_.default") == 6
@@ -81,10 +86,10 @@ def test_second_order_keeps_one_mask_a_video(context) -> None:
 def test_mixture_weighs_the_sparse_output(context) -> None:
     ops, names, *_ = run(context, Phase.REFRESH, correction="mixture", cache_format="int8")
     lists = ["kv_num_blocks_0", "kv_indices_0"]
-    assert names == [*lists, "gains_0", "residual_0", "residual_scale_0", "kept_weight_0"]
+    assert names == [*lists, "budgets_0", "gains_0", "residual_0", "residual_scale_0", "mixture_weight_0"]
     assert ops.count("aten.copy_.default") == 5
     ops, names, *_, ctx = run(context, Phase.SPARSE, correction="mixture")
-    assert names == [*lists, "residual_0", "kept_weight_0"], "the gains are in the caches by now"
+    assert names == [*lists, "residual_0", "mixture_weight_0"], "the gains are in the caches by now"
     graph = ctx.capture.module.graph
     (sparse,) = graph.find_nodes(op="call_function", target=qs.sparse_attention.default)
     (added,) = graph.find_nodes(op="call_function", target=qs.add_residual.default)
@@ -108,7 +113,7 @@ def test_complement_resumes_the_softmax(context) -> None:
 def test_the_mask_may_follow_the_measured_mass(context) -> None:
     ops, names, *_, ctx = run(context, Phase.REFRESH, mask="mass")
     lists = ["kv_num_blocks_0", "kv_indices_0"]
-    assert names == [*lists, "block_mass_0", "lse_prev_0", "new_video_0", "residual_0"]
+    assert names == [*lists, "block_mass_0", "lse_prev_0", "new_video_0", "budgets_0", "residual_0"]
     assert ops.count("aten.copy_.default") == 5 and ops.count("aten.where.self") == 1
     graph = ctx.capture.module.graph
     (refresh,) = graph.find_nodes(op="call_function", target=qs.refresh_attention.default)

@@ -1,0 +1,270 @@
+"""What heads differ in, by least squares, while the full-precision model denoises: gains, and numbers of kept blocks.
+
+k steps after a refresh, first order misses y = D(k) - D(ref), the change of the residual D = A_full - A_sparse. The
+mixture adds -g x with x = w (A_sparse(k) - A_sparse(ref)), w the dropped share of the row's softmax at the refresh. The
+gain of a head is the one that misses least in squares over all its sparse steps:
+
+    g = -sum(x . y) / sum(x . x), within [0, 1]
+
+What is missed falls with the number of blocks that a head keeps, for some heads faster than for others. It is measured
+for eighths of the uniform number at once, as one softmax that takes in a head's blocks in the order of their rank. The
+blocks of a layer then go where they take most off the sum over its heads (`spread`), so that its density stays.
+
+Masks and schedule are those of the recipe; the model goes on with its dense outputs. Some rows of a few query blocks of
+each attention are enough, so a run costs little more than without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..ops.softmax_state import divide, finite
+from ..options import Recipe
+from ..passes.sparsify_attention import MIN_BLOCKS
+from ..runtime.cache_layout import LARGEST_SHARE, block_budget
+from ..runtime.head_values import GAINS, SHARES
+from ..runtime.schedule import Schedule
+from ..runtime.tracker import Video, track
+from .attention_call import AttentionCall, AttentionListener
+
+qs = torch.ops.quantsparse
+QUERY_BLOCKS, ROWS = 8, 32  # of each attention, and of each of those blocks
+UNITS = 8  # in which shares of the uniform number of blocks are counted
+
+
+@dataclasses.dataclass
+class _Reference:
+    """What a refresh leaves, for C numbers of blocks: `kept` and `residual` (B, H, C, rows, D) in q's dtype, `dropped`
+    (B, H, C, rows) fp32, and the rank of each key block (B, H, Q, blocks).
+    """
+
+    step: int
+    rank: torch.Tensor
+    kept: torch.Tensor
+    residual: torch.Tensor
+    dropped: torch.Tensor
+
+
+def fits_heads(recipe: Recipe) -> bool:
+    """Whether a recipe has values of heads to fit."""
+    return recipe.density < 1 and (recipe.correction == "mixture" or recipe.budgets == "fitted")
+
+
+class HeadFit(AttentionListener):
+    """While open, looks on as `model` denoises with announced steps; `values()` is what was learned.
+
+    Args:
+        model: in full precision, not compiled.
+        recipe: its density, mask blocks, correction, interval and warm-up are those of the run to come.
+
+    Attributes:
+        announced: whether an attention ran in an announced step: from others nothing can be learned.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe, self._model = recipe, model
+        self.announced = False
+        self._shares = [UNITS]
+        if recipe.budgets == "fitted":
+            self._shares = list(range(1, int(UNITS * LARGEST_SHARE) + 1))
+        self._schedule = Schedule.of(recipe)
+        self._tracker = track(model)
+        self._path: list[str] = []  # of the modules that are running, the innermost last
+        self._hooks: list[Any] = []
+        self._video: Video | None = None
+        self._references: dict[tuple[Any, ...], _Reference] = {}
+        self._counts: dict[str, int] = {}
+        # Sums (4, H, C) over rows, steps and videos: x . x, x . y, y . y and D . D.
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> HeadFit:
+        for name, module in self._model.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._begin(name)))
+            self._hooks.append(module.register_forward_hook(lambda *_: self._end(), always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._references.clear()
+
+    def values(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Kind of value (runtime/head_values.py) -> name of an attention module -> (H,) fp32 on the CPU."""
+        found: dict[str, dict[str, torch.Tensor]] = {GAINS: {}, SHARES: {}}
+        for name, sums in self._sums.items():
+            xx, xy, yy, energy = sums.cpu()
+            gains = (-xy / xx.clamp_min(torch.finfo(xx.dtype).tiny)).clamp(0, 1)
+            place = torch.zeros(len(xx), 1, dtype=torch.long)
+            if self.recipe.budgets == "fitted":
+                missed = {"none": energy, "mixture": yy + gains * (2 * xy + gains * xx)}.get(self.recipe.correction, yy)
+                units = spread(missed, UNITS * len(xx))
+                found[SHARES][name] = units.float() / UNITS
+                place = units[:, None] - self._shares[0]
+            if self.recipe.correction == "mixture":
+                found[GAINS][name] = gains.gather(1, place)[:, 0].float()
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What was learned so far, as tensors and flags."""
+        return {"announced": self.announced, "sums": dict(self._sums)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from an earlier `state()`, whose tensors may lie on another device."""
+        self.announced, self._sums = state["announced"], dict(state["sums"])
+
+    def _begin(self, name: str) -> None:
+        if not self._path:
+            self._counts.clear()
+        self._path.append(name)
+
+    def _end(self) -> None:
+        self._path.pop()
+
+    @torch.no_grad()
+    def hear(self, call: AttentionCall) -> None:
+        """Take what a refresh leaves, or what a sparse step says about it."""
+        signal = self._tracker.signal if self._path else None
+        if signal is None:
+            return
+        self.announced = True
+        query, key = call.query, call.key
+        name, block = self._path[-1], self.recipe.block_size
+        step = self._schedule.refresh_step(signal.step, signal.num_steps)
+        if step is None or call.is_causal or not call.is_self_attention:
+            return
+        whole, blocks = query.shape[2] // block, -(-query.shape[2] // block)
+        budget = block_budget(self.recipe.density, blocks)
+        kv_len = _prefix(call)
+        if blocks < MIN_BLOCKS or budget >= blocks or (call.attn_mask is not None and kv_len is None):
+            return
+        if signal.video is not self._video:
+            self._video = signal.video
+            self._references.clear()
+        self._counts[name] = self._counts.get(name, -1) + 1
+        site = (name, self._counts[name], signal.branch)
+        chosen = torch.linspace(0, whole - 1, min(whole, QUERY_BLOCKS), device=query.device).round().long()
+        rows = query[:, :, : whole * block].unflatten(2, (whole, block))[:, :, chosen, :: max(1, block // ROWS)]
+        reference = self._references.get(site)
+        fresh = reference is None or reference.step != step
+        if fresh:
+            scores = qs.block_scores.default(query, key, kv_len, call.logit_scale, block)[:, :, chosen]
+            own = torch.eye(blocks, dtype=torch.bool, device=query.device)[chosen]
+            best = scores.masked_fill(own, torch.inf).argsort(dim=-1, descending=True, stable=True)
+            rank = best.argsort(dim=-1)
+        else:
+            rank = reference.rank
+        counts = [min(max(1, round(budget * share / UNITS)), blocks) for share in self._shares]
+        o, lse = attention_by_count(rows, key, call.value, rank, counts, kv_len, call.logit_scale, block)
+        kept, residual = o[:, :, :-1], o[:, :, -1:] - o[:, :, :-1]
+        if fresh:
+            dropped = 1 - torch.exp(torch.clamp(lse[:, :, :-1] - lse[:, :, -1:], max=0))
+            self._references[site] = _Reference(
+                step, rank, kept.to(query.dtype), residual.to(query.dtype), torch.nan_to_num(dropped)
+            )
+            return
+        x = reference.dropped[..., None] * (kept - reference.kept.float())
+        y = residual - reference.residual.float()
+        pairs = ((x, x), (x, y), (y, y), (residual, residual))
+        found = torch.stack([(a * b).sum((0, 3, 4)) for a, b in pairs]).double()
+        old = self._sums.get(name)
+        self._sums[name] = found if old is None else old.to(found.device) + found
+
+
+def attention_by_count(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rank: torch.Tensor,
+    counts: list[int],
+    kv_len: torch.Tensor | None,
+    scale: float,
+    block: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of some rows over the first counts[0], counts[1], ... key blocks of a ranking, and over all.
+
+    Args:
+        q: (B, H, Q, R, D), R rows of each of Q query blocks.
+        k, v: (B, Hkv, T, D).
+        rank: (B, H, Q, blocks) integers, 0 for the block that is taken first.
+        counts: C of them, ascending.
+        kv_len: (B,), keys from there on are masked.
+
+    Returns:
+        o (B, H, C + 1, Q R, D) and log-sum-exp (B, H, C + 1, Q R), both fp32. One head is looked at a time.
+    """
+    blocks, last = rank.shape[-1], len(counts)
+    bounds = torch.tensor([*counts, blocks], device=q.device)
+    part = torch.searchsorted(bounds, rank, right=True)  # in which a key block is first taken
+    padding = (0, 0, 0, blocks * block - k.shape[2])
+    outputs, sums = [], []
+    for batch in range(len(q)):
+        length = k.shape[2] if kv_len is None else int(kv_len[batch])
+        for head in range(q.shape[1]):
+            own = head * k.shape[1] // q.shape[1]
+            keys, values = (F.pad(x[batch, own].float(), padding) for x in (k, v))
+            values[length:] = 0  # what is masked may be anything, and 0 * NaN is NaN
+            logits = q[batch, head].float() @ keys.mT * scale
+            logits[..., length:] = -torch.inf
+            shift = finite(logits.amax(-1))
+            weights = (logits - shift[..., None]).exp().unflatten(-1, (blocks, block))
+            of_blocks = torch.einsum("qrnb,nbd->qnrd", weights, values.unflatten(0, (blocks, block)))
+            taken = F.one_hot(part[batch, head], last + 1).float()
+            total = torch.einsum("qnc,qnrd->cqrd", taken, of_blocks).cumsum(0).flatten(1, 2)
+            mass = torch.einsum("qnc,qrn->cqr", taken, weights.sum(-1)).cumsum(0).flatten(1, 2)
+            outputs.append(divide(total, mass))
+            sums.append(shift.flatten() + torch.log(mass))
+    o, lse = (torch.stack(x).unflatten(0, q.shape[:2]) for x in (outputs, sums))
+    return o, lse
+
+
+def spread(missed: torch.Tensor, total: int) -> torch.Tensor:
+    """Numbers (H,) from 1 to C that sum to `total` and make the sum of `missed` over the heads least.
+
+    Args:
+        missed: (H, C), what a head misses with 1, 2, ... C; falling. Where a head's row is not convex, the greatest
+            convex function below it counts, so that a step that brings little is seen with those behind it.
+        total: from H to H C.
+    """
+    brings = -torch.stack([_convex(row) for row in missed]).diff(dim=1)
+    found = torch.ones(len(missed), dtype=torch.long)
+    heads = torch.arange(len(missed))
+    for _ in range(total - len(missed)):
+        full = found > brings.shape[1]
+        following = brings[heads, (found - 1).clamp(max=brings.shape[1] - 1)].masked_fill(full, -torch.inf)
+        found[found.masked_fill(following < following.max(), total).argmin()] += 1  # of equals the one with least
+    return found
+
+
+def _convex(row: torch.Tensor) -> torch.Tensor:
+    """The greatest convex function below a row of values."""
+    corners = [0]
+    for i in range(1, len(row)):
+        while len(corners) > 1:
+            a, b = corners[-2:]
+            if (row[i] - row[a]) * (b - a) > (row[b] - row[a]) * (i - a):
+                break
+            corners.pop()
+        corners.append(i)
+    found = row.clone()
+    for a, b in itertools.pairwise(corners):
+        found[a : b + 1] = torch.linspace(float(row[a]), float(row[b]), b - a + 1, dtype=row.dtype)
+    return found
+
+
+def _prefix(call: AttentionCall) -> torch.Tensor | None:
+    """Lengths (B,) of a mask that keeps the first keys of each clip; None for any other, and for none."""
+    if call.attn_mask is None or not call.masks_keys_alone:
+        return None
+    keys = call.attn_mask[:, 0, 0]
+    if bool((keys[:, 1:] & ~keys[:, :-1]).any()):
+        return None
+    return keys.sum(-1, dtype=torch.int32).expand(len(call.query))
