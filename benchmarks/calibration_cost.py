@@ -9,8 +9,10 @@ blocks from the later one of each kind (the first pays for warming up).
     python benchmarks/calibration_cost.py --samples 2 --option epochs=1 --option salience_every=16
     python benchmarks/calibration_cost.py --device cpu --small --output /tmp/cost.json
 
-The samples that `calibrate` keeps by default are 16: seconds are also given for so many, since nearly all of a block's
-time is spent once a sample.
+The samples that `calibrate` keeps by default are 16. A block's time is a constant and a part for each sample, so hours
+in proportion to the samples are a bound from above. Where the output holds a row of the same device, versions and
+settings with another number of samples, time and memory are also extrapolated by the line through both: measure both
+with the same code.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from qs_compiler.pipeline import plan_layers
 
 RESULTS = Path(__file__).parent / "results" / "calibration_cost.json"
 DOUBLE, SINGLE = 20, 40
+SETTING = ("device", "versions", "tokens", "settings")
 
 
 class Clock(Progress):
@@ -98,6 +101,30 @@ def sample(model: torch.nn.Module, grid: tuple[int, int, int], seed: int) -> dic
     }
 
 
+def hours_of(row: dict[str, Any]) -> float:
+    """Of the whole model with a row's samples."""
+    double, single = (row["blocks"][f"{kind}_blocks.1"]["seconds"] for kind in ("transformer", "single_transformer"))
+    return (DOUBLE * double + SINGLE * single) / 3600
+
+
+def by_line(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Hours and peak memory with the samples that `calibrate` keeps, by `row` and the last of `rows` that differs in
+    its number of samples alone; nothing without one.
+    """
+
+    def alike(other: dict[str, Any]) -> bool:
+        own, its = ((*(r[k] for k in SETTING), r.get("recipe", "w4a8")) for r in (row, other))
+        return own == its and other["samples"] != row["samples"]
+
+    other = next(filter(alike, reversed(rows)), None)
+    if other is None:
+        return {}
+    steps = (Settings.samples - row["samples"]) / (other["samples"] - row["samples"])
+    hours, peaks = [hours_of(r) for r in (row, other)], [r["peak_gib"] for r in (row, other)]
+    peak = None if None in peaks else round(peaks[0] + steps * (peaks[1] - peaks[0]), 2)
+    return {"whole_model_hours_by_line": round(hours[0] + steps * (hours[1] - hours[0]), 3), "peak_gib_by_line": peak}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2)
@@ -121,13 +148,13 @@ def main() -> None:
     with torch.compiler.set_stance("force_eager"):
         Calibration(model, recipe, plan, samples, settings, 0, None).run(clock)
     clock.end()
-    double, single = (clock.blocks[f"{kind}_blocks.1"] for kind in ("transformer", "single_transformer"))
-    hours = (DOUBLE * double["seconds"] + SINGLE * single["seconds"]) / 3600
+    hours = hours_of({"blocks": clock.blocks})
     row = {
         "command": " ".join(["python", *sys.argv]),
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if clock.cuda else "cpu",
         "versions": {"torch": torch.__version__, "qs_compiler": qs_compiler.__version__},
+        "recipe": args.recipe,
         "samples": args.samples,
         "tokens": grid[0] * (grid[1] // 2) * (grid[2] // 2) + 256,
         "settings": options,
@@ -137,8 +164,9 @@ def main() -> None:
         "whole_model_hours_of_all_samples": round(hours * Settings.samples / args.samples, 3),
         "peak_gib": max(block["peak_gib"] for block in clock.blocks.values()) if clock.cuda else None,
     }
-    print(json.dumps(row), flush=True)
     rows = json.loads(args.output.read_text()) if args.output.exists() else []
+    row |= by_line(row, rows)
+    print(json.dumps(row), flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps([*rows, row], indent=1) + "\n")
 
