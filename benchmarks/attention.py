@@ -39,6 +39,7 @@ from qs_compiler._compat import inductor_config
 from qs_compiler.lowering import collect_fallbacks, refresh_attention, register_lowerings
 from qs_compiler.options import ATTENTIONS
 from qs_compiler.passes.quantize_attention import quantize_queries
+from qs_compiler.runtime.head_values import rounded_budgets
 
 quantsparse = torch.ops.quantsparse
 RESULTS = Path(__file__).parent / "results" / "attention.json"
@@ -56,9 +57,14 @@ SHAPES = {  # tokens, heads, head width of one self-attention
 
 
 class Case:
-    """q, k, v of one shape and the block lists of one density."""
+    """q, k, v of one shape and the block lists of one density.
 
-    def __init__(self, shape: str, density: float) -> None:
+    Args:
+        by_head: heads keep from half as many blocks as the density says to half as many more, drawn evenly, and as many
+            together.
+    """
+
+    def __init__(self, shape: str, density: float, by_head: bool = False) -> None:
         self.tokens, self.heads, self.depth = SHAPES[shape]
         torch.manual_seed(0)
         size = (1, self.heads, self.tokens, self.depth)
@@ -74,7 +80,12 @@ class Case:
         always[:, -1] = True  # the partial block
         scores = torch.rand(1, self.heads, self.blocks, self.blocks, device=DEVICE)
         self.scores = scores
-        self.always, self.lists = always, select(scores, always, self.kept)
+        budgets = None
+        if by_head:
+            shares = torch.linspace(0.5, 1.5, self.heads)[torch.randperm(self.heads)].tolist()
+            kept = rounded_budgets(shares, self.kept, 2, self.blocks)
+            budgets = torch.tensor(kept, dtype=torch.int32, device=DEVICE)
+        self.always, self.lists = always, select(scores, always, self.kept, budgets)
 
     @property
     def flop(self) -> int:
@@ -85,7 +96,7 @@ class Case:
         """Cosine similarity to float32 of the first, middle and last query block of head 0, the least of the three."""
         worst = 1.0
         for row in (0, self.blocks // 2, self.blocks - 1):
-            listed = self.lists[1][0, 0, row, : self.kept].long()
+            listed = self.lists[1][0, 0, row, : int(self.lists[0][0, 0, row])].long()
             keys = (listed[:, None] * BLOCK + torch.arange(BLOCK, device=DEVICE)).flatten()
             keys = keys[keys < self.tokens]
             queries = slice(row * BLOCK, (row + 1) * BLOCK)
@@ -95,9 +106,11 @@ class Case:
         return worst
 
 
-def select(scores: torch.Tensor, always: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block lists of the best `kept` blocks, by the reference."""
-    return quantsparse.select_blocks(scores, always, kept)
+def select(
+    scores: torch.Tensor, always: torch.Tensor, kept: int, budgets: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block lists of the best `kept` blocks, or `budgets` (H,), by the reference."""
+    return quantsparse.select_blocks(scores, always, kept, budgets)
 
 
 def prologue(kind: str, q, k, v):
@@ -201,6 +214,7 @@ def ours(table: Table, shape: str, densities: list[float], kinds: list[str]) -> 
         case = functools.cache(lambda density=density: Case(shape, density))
 
         for kind in kinds:
+            unlike = functools.cache(lambda density=density: Case(shape, density, by_head=True))
 
             def alone(case=case, kind=kind):
                 operands = torch.compile(prologue, dynamic=False, fullgraph=True)(kind, case().q, case().k, case().v)
@@ -222,6 +236,9 @@ def ours(table: Table, shape: str, densities: list[float], kinds: list[str]) -> 
                 return lambda: [compiled(case().q, case().k, case().v, case().always)]  # its blocks are not the case's
 
             table.add(f"ours {kind}", shape, density, alone, case)
+            if density < 1 and kind == kinds[0]:
+                by_head = functools.partial(alone, unlike, kind)
+                table.add(f"ours {kind}, unlike numbers of blocks by head", shape, density, by_head, unlike)
             if density < 1:
                 table.add(f"ours {kind}, prologue and mask included", shape, density, with_mask, case)
             elif kind != "bf16":
