@@ -7,6 +7,7 @@ import torch
 
 import qs_compiler as qs
 from qs_compiler.passes import quantize_attention
+from qs_compiler.runtime.cache_layout import block_budget
 from tests.backend.models import RECIPE, clip, make
 from tests.tolerances import assert_close, relative_error
 
@@ -73,9 +74,11 @@ def test_two_refreshes_rank_by_pooled_scores_and_the_third_by_mass() -> None:
     lists = [caches["kv_indices"] for caches in video.caches]
     of_pooled = [caches["kv_indices"] for caches in pooled.caches]
     assert torch.equal(lists[0], of_pooled[0]) and torch.equal(lists[2], of_pooled[2])
-    own, budget = torch.eye(mass.shape[-1], dtype=torch.bool), lists[4].shape[-1]
+    own, budget = torch.eye(mass.shape[-1], dtype=torch.bool), block_budget(RECIPE["density"], mass.shape[-1])
     ranked = torch.ops.quantsparse.select_blocks(video.caches[2]["block_mass"].float(), own, budget)[1]
-    assert torch.equal(lists[4], ranked[..., :budget].short()) and not torch.equal(lists[4], of_pooled[4])
+    assert (video.caches[4]["kv_num_blocks"] == budget).all()
+    assert torch.equal(lists[4], ranked[..., : lists[4].shape[-1]].short())
+    assert not torch.equal(lists[4][..., :budget], of_pooled[4][..., :budget])
     assert torch.equal(video.caches[3]["block_mass"], video.caches[2]["block_mass"]), "a sparse step changes nothing"
 
 
