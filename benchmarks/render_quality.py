@@ -1,6 +1,6 @@
 """Put the tables of benchmarks/results/quality.json into docs/quality.md, and draw docs/quality.png.
 
-    python benchmarks/render_quality.py
+python benchmarks/render_quality.py
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ CORRECTIONS = {
     "mixture-0.25/int8-fp8": "mixture, g = 0.25; int8 + fp8 attention",
     "mixture-0.25/int8": "mixture, g = 0.25; int8 attention",
     "mixture": "mixture, fitted gains",
+    "by_head": "mixture, fitted gains and blocks of each head",
     "complement": "complement",
     "staggered": "mixture, g = 0.25, staggered refreshes",
     "adaptive": "mixture, g = 0.25, refreshes by drift",
@@ -67,7 +68,7 @@ BLOCK_STAGES = {
     "codes/msad": "the same with both",
 }  # fmt: skip
 LINES = {"naive": "#8a949e", "none": "#d9822b", "first_order": "#2a7f9e", "second_order-1": "#b3446c",
-         "mixture-0.25": "#3b8f4d"}  # fmt: skip
+         "mixture-0.25": "#3b8f4d", "by_head": "#6b4fa0"}  # fmt: skip
 
 Rows = dict[str, dict[str, Any]]
 
