@@ -44,7 +44,7 @@ aten, qs = torch.ops.aten, torch.ops.quantsparse
 # Where our kernel at density 1 beats the library, prologue included (benchmarks/results/attention.json): 16,384 tokens
 # are level, 32,768 take 0.80 of its time with heads of 128 and 0.92 with heads of 64.
 LEAST_TOKENS = 30_000
-# By operands. "fp8" follows "int8-fp8": its sparse steps are as fast on an H100 (dense attention with it was not timed).
+# By operands. "fp8" follows "int8-fp8": sparse, both are as fast on an H100; dense, it was not timed.
 HEADS = {"16bit": range(65, 129), "int8": range(65, 129), "int8-fp8": range(64, 129), "fp8": range(64, 129)}
 LSE_PREV = 9  # its place among the arguments of refresh_attention
 LIBRARY_DEVICES = ("cpu",)  # whose dense attention is better left to a library
