@@ -69,7 +69,7 @@ def _compile(
 
 
 def _check(options: BackendOptions, example_inputs: Sequence[Any]) -> None:
-    if options.recipe.format == "off" and options.recipe.density >= 1:
+    if options.recipe.format == "off" and not options.recipe.sparse:
         return
     tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -190,7 +190,7 @@ class GraphCompiler:
     def _refuse_skips(self, by_name: dict[str, Any]) -> None:
         """strict=True: what was asked for and cannot be compressed is an error."""
         wanted = [by_name["quantize_linear"]]
-        if self.options.recipe.density < 1:
+        if self.options.recipe.sparse:
             wanted.append(by_name["sparsify_attention"])
         skipped = [f"{node}: {reason}" for p in wanted for node, reason in p.skipped if reason != KEPT]
         if skipped:

@@ -285,8 +285,7 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _require_dense(recipe: Recipe) -> None:
-    densities = [recipe.density, *(o.get("density", 1.0) for o in recipe.overrides.values())]
-    if min(densities) < 1:
+    if recipe.sparse:
         raise UnsupportedError(
             f"recipe '{recipe}' asks for sparse attention, which takes three graphs (dense, refresh, sparse) and "
             "caches that live from step to step, and an exported program is one graph. "

@@ -102,6 +102,7 @@ class Recipe:
         min_interval: steps between refreshes that drift cannot undercut.
         keep: name patterns (fnmatch) of layers that stay in 16 bit.
         overrides: name pattern -> {"format": ..., "density": ...}; later patterns win, `keep` wins over all. A format
+            is that of linears (`blocks.0.attn1.to_q`), a density that of attention modules (`blocks.0.attn1`). A format
             for storage alone (`w8a16`, `w4a16`) reaches the linears outside of the repeated blocks too.
         group_size: weights that share one int4 multiplier.
 
@@ -235,6 +236,11 @@ class Recipe:
     def stored_only(self) -> bool:
         """Whether weights are low-bit in storage alone and compute in 16 bit."""
         return self.weight_format is not None and self.activation_format == "none"
+
+    @property
+    def sparse(self) -> bool:
+        """Whether attention runs sparse anywhere."""
+        return min(self.density, *(fields.get("density", 1.0) for fields in self.overrides.values()), 1.0) < 1
 
     @property
     def needs_grid(self) -> bool:
@@ -388,7 +394,7 @@ def _check_against_artifact(recipe: Recipe, fitted: Recipe) -> None:
             f"recipe '{recipe}' asks for {recipe.format}, but the artifact is packed as {fitted.format}; "
             f"use a recipe of {fitted.format}, or calibrate an artifact for {recipe.format}."
         )
-    corrected = fitted.density < 1 and fitted.correction != "none" and recipe.density < 1
+    corrected = fitted.sparse and fitted.correction != "none" and recipe.sparse
     if corrected and recipe.correction == fitted.correction and recipe.interval != fitted.interval:
         raise OptionError(
             f"interval {recipe.interval} is not the {fitted.interval} that the artifact's correction was fitted for; "

@@ -236,7 +236,7 @@ def announce_steps(target: Any, modules: list[nn.Module], options: Mapping[str, 
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None and not isinstance(target, nn.Module):
         watch_scheduler(scheduler, signal)
-        if not all(heard) and any(o.recipe.density < 1 for o in options.values()):
+        if not all(heard) and any(o.recipe.sparse for o in options.values()):
             warnings.warn(
                 f"{type(target).__name__} does not announce its denoising steps, so attention runs dense unless the "
                 "steps can be told from the model's inputs; use `qs_compiler.denoising` in a loop of your own.",

@@ -79,7 +79,7 @@ def calibrate(
         ArtifactError: output_dir holds another calibration.
     """
     settings, recipe = Settings.parse(options), Recipe.parse(recipe)
-    if settings.attention == "sparse" and recipe.density == 1:
+    if settings.attention == "sparse" and not recipe.sparse:
         raise OptionError(f"attention='sparse' needs a sparse recipe such as w4a8-d25, not '{recipe}'.")
     if callable(data) and run is None:
         data, run = None, data

@@ -10,8 +10,8 @@ What is missed falls with the number of blocks that a head keeps, for some heads
 for eighths of the uniform number at once, as one softmax that takes in a head's blocks in the order of their rank. The
 blocks of a layer then go where they take most off the sum over its heads (`spread`), so that its density stays.
 
-Masks and schedule are those of the recipe; the model goes on with its dense outputs. Some rows of a few query blocks of
-each attention are enough, so a run costs little more than without.
+Densities and schedule are those of the recipe, masks rank by pooled q and k; the model goes on with its dense outputs.
+Some rows of a few query blocks of each attention are enough, so a run costs little more than without.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Reference:
 
 def fits_heads(recipe: Recipe) -> bool:
     """Whether a recipe has values of heads to fit."""
-    return recipe.density < 1 and (recipe.correction == "mixture" or recipe.budgets == "fitted")
+    return recipe.sparse and (recipe.correction == "mixture" or recipe.budgets == "fitted")
 
 
 class HeadFit(AttentionListener):
@@ -61,7 +61,7 @@ class HeadFit(AttentionListener):
 
     Args:
         model: in full precision, not compiled.
-        recipe: its density, mask blocks, correction, interval and warm-up are those of the run to come.
+        recipe: its densities, block size, correction, interval and warm-up are those of the run to come.
 
     Attributes:
         announced: whether an attention ran in an announced step: from others nothing can be learned.
@@ -142,7 +142,7 @@ class HeadFit(AttentionListener):
         if step is None or call.is_causal or not call.is_self_attention:
             return
         whole, blocks = query.shape[2] // block, -(-query.shape[2] // block)
-        budget = block_budget(self.recipe.density, blocks)
+        budget = block_budget(self.recipe.for_layer(name).density, blocks)
         kv_len = _prefix(call)
         if blocks < MIN_BLOCKS or budget >= blocks or (call.attn_mask is not None and kv_len is None):
             return

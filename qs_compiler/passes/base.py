@@ -52,13 +52,15 @@ class AttentionSite:
     """One self-attention of the graph that may run sparse.
 
     `anchor` is the index of the graph input whose identity says which layer is running: the weight of the linear
-    that feeds q. `ordinal` tells sites with the same anchor apart. `shape` is that of q, (B, H, S, D).
+    that feeds q. `ordinal` tells sites with the same anchor apart. `recipe` is that of the layer. `shape` is that of q,
+    (B, H, S, D).
     """
 
     index: int
     name: str
     anchor: int
     ordinal: int
+    recipe: Recipe
     budget: int
     kv_blocks: int
     shape: tuple[Any, ...]

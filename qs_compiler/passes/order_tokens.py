@@ -43,7 +43,7 @@ class OrderTokens(GraphPass):
         from .sparsify_attention import why_not
 
         result, recipe = PassResult(), context.recipe
-        if recipe.density >= 1 or not recipe.needs_grid:
+        if not recipe.sparse or not recipe.needs_grid:
             return result
         for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             if why_not(node, context) is not None:

@@ -134,7 +134,7 @@ class ReparameterizeResidual(GraphPass):
 
 def residual_inputs(context: PassContext, site: AttentionSite, like: fx.Node) -> tuple[fx.Node, ...]:
     """Graph inputs that hold one site's residual in the recipe's cache format."""
-    slots = cache_slots(context.recipe, site.shape)
+    slots = cache_slots(site.recipe, site.shape)
     return tuple(cache_input(context, site, name, like) for name in slots if name.startswith("residual"))
 
 

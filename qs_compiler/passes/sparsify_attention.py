@@ -41,7 +41,9 @@ import torch
 from torch import fx
 
 from .. import _compat
+from ..blocks import module_path
 from ..errors import RecipeError
+from ..options import Recipe
 from ..runtime.cache_layout import MASS, block_budget, cache_slots, most_blocks, probe_stride
 from ..runtime.inputs import Cached, HeadBudgets, Scalar
 from ..runtime.token_layout import STATIC_MASKS, LayoutInput, layout_tensor
@@ -60,7 +62,7 @@ class SparsifyAttention(GraphPass):
 
     def run(self, graph: fx.Graph, context: PassContext) -> PassResult:
         result = PassResult()
-        if context.recipe.density >= 1:
+        if not context.recipe.sparse:
             return result
         ordinals: dict[int, int] = {}
         for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
@@ -75,15 +77,16 @@ class SparsifyAttention(GraphPass):
                 result.skip(node, reason)
                 continue
             q, k = node.args[0].meta["val"], node.args[1].meta["val"]
-            block = context.recipe.block_size
-            kv_blocks = math.ceil(_compat.static_hint(k.shape[2]) / block)
+            layer = layer_recipe(node, context)
+            kv_blocks = math.ceil(_compat.static_hint(k.shape[2]) / layer.block_size)
             ordinals[anchor] = ordinals.get(anchor, -1) + 1
             site = AttentionSite(
                 index=len(context.sites),
                 name=node.name,
                 anchor=anchor,
                 ordinal=ordinals[anchor],
-                budget=block_budget(context.recipe.density, kv_blocks),
+                recipe=layer,
+                budget=block_budget(layer.density, kv_blocks),
                 kv_blocks=kv_blocks,
                 shape=tuple(q.shape),
             )
@@ -139,7 +142,7 @@ class SparsifyAttention(GraphPass):
             # D and D_prev must belong to one mask, so a video keeps the mask of its first refresh.
             first = flag(context, site, q, "new_video")
             scores = splice(graph, node, _keep_old, first, scores, *lists)
-        most = most_blocks(recipe, site.kv_blocks)
+        most = most_blocks(site.recipe, site.kv_blocks)
         budgets = ()
         if recipe.budgets == "fitted":
             budgets = (budgets_input(context, site, q, always_kept(node, site, context), most),)
@@ -186,7 +189,7 @@ def why_not(node: fx.Node, context: PassContext) -> str | None:
     """Why an attention stays dense in every phase, or None."""
     if (reason := why_not_ours(node)) is not None:
         return reason
-    recipe = context.recipe
+    recipe = layer_recipe(node, context)
     keys = _compat.static_hint(node.args[1].meta["val"].shape[2])
     blocks = math.ceil(keys / recipe.block_size)
     if blocks < MIN_BLOCKS:
@@ -194,6 +197,11 @@ def why_not(node: fx.Node, context: PassContext) -> str | None:
     if block_budget(recipe.density, blocks) >= blocks:
         return f"density {recipe.density} keeps all {blocks} blocks"
     return None
+
+
+def layer_recipe(node: fx.Node, context: PassContext) -> Recipe:
+    """The recipe of the attention module that calls an attention."""
+    return context.recipe.for_layer(module_path(node))
 
 
 def find_anchor(q: fx.Node, context: PassContext) -> int | None:
@@ -224,7 +232,7 @@ def _nearest_input(linear: fx.Node, owned: dict[fx.Node, int], context: PassCont
 
 def cache_input(context: PassContext, site: AttentionSite, slot: str, like: fx.Node) -> fx.Node:
     """The graph input that holds one slot of a site's caches, on the device of `like`."""
-    layout = cache_slots(context.recipe, site.shape)[slot]
+    layout = cache_slots(site.recipe, site.shape)[slot]
     example = _fake(like, layout.shape, layout.dtype)
     return context.add_input(f"{slot}_{site.index}", example, Cached(site.index, slot))
 
@@ -275,7 +283,7 @@ def always_kept(node: fx.Node, site: AttentionSite, context: PassContext) -> int
     if most > site.budget:
         raise RecipeError(
             f"always_keep={list(sets)} keeps {most} of {site.kv_blocks} key blocks for one query block of {site.name}, "
-            f"and density {context.recipe.density} leaves {site.budget}; raise the density or name fewer sets."
+            f"and density {site.recipe.density} leaves {site.budget}; raise the density or name fewer sets."
         )
     return most
 

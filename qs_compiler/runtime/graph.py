@@ -45,7 +45,7 @@ class Variant:
         used = [p for p in self.providers if isinstance(p, Cached)]
         self.slots: list[dict[str, Slot]] = []
         for site in self.sites if used else ():
-            layout = cache_slots(context.recipe, site.shape)
+            layout = cache_slots(site.recipe, site.shape)
             self.slots.append({p.slot: layout[p.slot] for p in used if p.site == site.index})
 
     def __call__(self, args: Sequence[Any], frame: Frame) -> Any:
@@ -209,8 +209,9 @@ class CompiledGraph:
 
     def _demand(self, args: Sequence[Any]) -> Demand:
         """What a branch keeps, from the recipe and the shapes of this call."""
-        shapes = [_compat.concrete_shape(site.shape, self._inputs, args) for site in self.dense.sites]
-        slots = [list(cache_slots(self._recipe, shape).values()) for shape in shapes]
+        sites = self.dense.sites
+        shapes = [_compat.concrete_shape(site.shape, self._inputs, args) for site in sites]
+        slots = [list(cache_slots(s.recipe, shape).values()) for s, shape in zip(sites, shapes, strict=True)]
         layers = tuple(sum(slot.nbytes for slot in layer) for layer in slots)
         pinned = sum(slot.pinned_bytes for layer in slots for slot in layer)
         largest = max(2 * math.prod(shape) for shape in shapes)
