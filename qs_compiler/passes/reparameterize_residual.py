@@ -42,7 +42,7 @@ from ..ops.expand_w4 import join_nibbles, unpack_int4
 from ..runtime.cache_layout import FACTORS, MIXTURE_WEIGHT, SCALES, VALUES, cache_rank, cache_slots
 from ..runtime.inputs import HeadGains
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, call, splice
-from .sparsify_attention import _fake, cache_input, flag
+from .cache_inputs import cache_input, fake, flag
 
 aten, qs = torch.ops.aten, torch.ops.quantsparse
 
@@ -147,7 +147,7 @@ def gains_input(context: PassContext, site: AttentionSite, like: fx.Node) -> fx.
     """Graph input for the gains of a mixture, (H,) fp32: the artifact's for the layer that runs."""
     heads = site.shape[1]
     provider = HeadGains(site.anchor, heads, like.meta["val"].device)
-    return context.add_input(f"gains_{site.index}", _fake(like, (heads,), torch.float32), provider)
+    return context.add_input(f"gains_{site.index}", fake(like, (heads,), torch.float32), provider)
 
 
 def store(cache_format: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:

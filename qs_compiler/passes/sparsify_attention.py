@@ -12,18 +12,7 @@ After, refresh:  scores = torch.ops.quantsparse.block_scores.default(q, k, kv_le
                  copy_ = torch.ops.aten.copy_.default(kv_num_blocks, kept[0])
                  copy__1 = torch.ops.aten.copy_.default(kv_indices, kept[1][..., :most].to(torch.int16))
 
-`budgets` (H,) are fitted by calibration, those of the layer that runs; with `budgets="uniform"` there are none, every
-head keeps `budget` blocks, and the lists have no room for more.
-
-With `mask="mass"` a refresh leaves the mass of each key block to the next one, which ranks by it. The mass is estimated
-by the log-sum-exps of the refresh before (ops/refresh_attention.py), so the first refresh of a video has none to leave,
-and the second ranks by the scores of pooled q and k once more. What another video left is not read (`new_video`):
-
-                 known = ~new_video & (block_mass.amax(-1, keepdim=True) > 0)
-                 scores = torch.where(known, block_mass, scores)
-                 refresh = torch.ops.quantsparse.refresh_attention.default(..., lse_prev or -inf if new_video, ...)
-                 copy__2 = torch.ops.aten.copy_.default(lse_prev, refresh[1])
-                 copy__3 = torch.ops.aten.copy_.default(block_mass, refresh[4].to(torch.bfloat16))
+`choose_blocks.py` says by what the blocks are ranked.
 
 With adaptive refreshes a refresh keeps some rows of q as `probe`, and a sparse step copies into `drift` how far these
 have moved since, |q - probe| / |probe|, which the runtime reads before the next step.
@@ -42,12 +31,12 @@ from torch import fx
 
 from .. import _compat
 from ..blocks import module_path
-from ..errors import RecipeError
 from ..options import Recipe
-from ..runtime.cache_layout import MASS, block_budget, cache_slots, most_blocks, probe_stride
-from ..runtime.inputs import Cached, HeadBudgets, Scalar
-from ..runtime.token_layout import STATIC_MASKS, LayoutInput, layout_tensor
+from ..runtime.cache_layout import block_budget, probe_stride
+from ..runtime.token_layout import STATIC_MASKS
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, call, splice, upstream
+from .cache_inputs import cache_input
+from .choose_blocks import BlockChoice, always_kept, block_lists
 from .trim_padding_mask import attention_mask
 
 aten, qs = torch.ops.aten, torch.ops.quantsparse
@@ -104,7 +93,7 @@ class SparsifyAttention(GraphPass):
     def sparse(self, graph: fx.Graph, node: fx.Node, site: AttentionSite, context: PassContext) -> fx.Node:
         """The sparse form of one attention."""
         q, k, v = node.args[:3]
-        lists = _block_lists(site, context, q)
+        lists = block_lists(site, context, q)
         if context.recipe.refresh == "adaptive":
             probe, drift = (cache_input(context, site, slot, q) for slot in ("probe", "drift"))
             moved = splice(graph, node, _drift, q, probe)
@@ -122,36 +111,13 @@ class SparsifyAttention(GraphPass):
         """The dense form that renews the block lists."""
         q, k, v = node.args[:3]
         recipe, kv_len = context.recipe, node.meta.get("kv_len")
-        lists = _block_lists(site, context, q)
-        if recipe.mask in STATIC_MASKS:
-            scores = splice(graph, node, _for_all_heads, _places(node, context, recipe.mask), q)
-        else:
-            scores = splice(graph, node, qs.block_scores.default, q, k, kv_len, _scale(node), recipe.block_size)
+        choice = BlockChoice(graph, node, site, context)
         if recipe.refresh == "adaptive":
             renewed = splice(graph, node, _renewed, q)
             with graph.inserting_before(node):
                 for slot, new in zip(("probe", "drift"), renewed, strict=True):
                     call(graph, node, aten.copy_.default, cache_input(context, site, slot, q), new)
-        mass = before = None
-        if recipe.mask == "mass":
-            mass, lse_prev = (cache_input(context, site, slot, q) for slot in ("block_mass", "lse_prev"))
-            first = flag(context, site, q, "new_video")
-            scores = splice(graph, node, _by_mass, first, scores, mass)
-            before = splice(graph, node, _unless_first, first, lse_prev)
-        if recipe.correction == "second_order":
-            # D and D_prev must belong to one mask, so a video keeps the mask of its first refresh.
-            first = flag(context, site, q, "new_video")
-            scores = splice(graph, node, _keep_old, first, scores, *lists)
-        most = most_blocks(site.recipe, site.kv_blocks)
-        budgets = ()
-        if recipe.budgets == "fitted":
-            budgets = (budgets_input(context, site, q, always_kept(node, site, context), most),)
-        if recipe.always_keep:
-            always = _places(node, context, "always_kept")
-            kept = splice(graph, node, qs.select_blocks.default, scores, always, site.budget, *budgets)
-        else:
-            kept = splice(graph, node, _select, scores, site.budget, *budgets)
-        stored = (kept[0], splice(graph, node, _listed, kept[1], most))
+        kept, before = choice.choose(_scale(node))
         with graph.inserting_before(node):
             correction = "complement" if recipe.correction == "complement" else "residual"
             many = call(
@@ -159,12 +125,8 @@ class SparsifyAttention(GraphPass):
                 _scale(node), recipe.block_size, node.meta["val"].dtype,
             )  # fmt: skip
             many.meta["qs_site"] = site
-            for cache, new in zip(lists, stored, strict=True):
-                call(graph, node, aten.copy_.default, cache, new)
-            if mass is not None:
-                lse, new_mass = (call(graph, node, operator.getitem, many, i) for i in (1, 4))
-                call(graph, node, aten.copy_.default, lse_prev, lse)
-                call(graph, node, aten.copy_.default, mass, splice(graph, node, _stored_mass, new_mass))
+        choice.store(kept, many)
+        with graph.inserting_before(node):
             return call(graph, node, operator.getitem, many, 0)
 
 
@@ -230,24 +192,6 @@ def _nearest_input(linear: fx.Node, owned: dict[fx.Node, int], context: PassCont
     return None
 
 
-def cache_input(context: PassContext, site: AttentionSite, slot: str, like: fx.Node) -> fx.Node:
-    """The graph input that holds one slot of a site's caches, on the device of `like`."""
-    layout = cache_slots(site.recipe, site.shape)[slot]
-    example = _fake(like, layout.shape, layout.dtype)
-    return context.add_input(f"{slot}_{site.index}", example, Cached(site.index, slot))
-
-
-def _block_lists(site: AttentionSite, context: PassContext, q: fx.Node) -> tuple[fx.Node, fx.Node]:
-    return cache_input(context, site, "kv_num_blocks", q), cache_input(context, site, "kv_indices", q)
-
-
-def flag(context: PassContext, site: AttentionSite, like: fx.Node, name: str) -> fx.Node:
-    """A 0-d input that the runtime sets for one site at every call."""
-    dtype = torch.bool if name == "new_video" else torch.float32
-    provider = Scalar(name, site.index, like.meta["val"].device)
-    return context.add_input(f"{name}_{site.index}", _fake(like, (), dtype), provider)
-
-
 def _probe(q: torch.Tensor) -> torch.Tensor:
     return q[:, :, :: probe_stride(q.shape[2])].to(torch.bfloat16)
 
@@ -260,86 +204,6 @@ def _drift(q: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
     then = probe.float()
     change = _probe(q).float() - then
     return (change.square().sum() / then.square().sum().clamp_min(1e-12)).sqrt().reshape(1)
-
-
-def budgets_input(context: PassContext, site: AttentionSite, like: fx.Node, least: int, most: int) -> fx.Node:
-    """Graph input for the key blocks of each head, (H,) int32: the artifact's for the layer that runs."""
-    heads = site.shape[1]
-    provider = HeadBudgets(site.anchor, heads, site.budget, least, most, like.meta["val"].device)
-    return context.add_input(f"budgets_{site.index}", _fake(like, (heads,), torch.int32), provider)
-
-
-def always_kept(node: fx.Node, site: AttentionSite, context: PassContext) -> int:
-    """The most key blocks that a query block of a site always keeps: its own is one.
-
-    Raises:
-        RecipeError: more than the budget.
-    """
-    sets = context.recipe.always_keep
-    if not sets:
-        return 1
-    wanted = LayoutInput(node.meta["token_layout"], "always_kept", torch.device("cpu"), sets)
-    most = int(layout_tensor(wanted).sum(-1).max())
-    if most > site.budget:
-        raise RecipeError(
-            f"always_keep={list(sets)} keeps {most} of {site.kv_blocks} key blocks for one query block of {site.name}, "
-            f"and density {site.recipe.density} leaves {site.budget}; raise the density or name fewer sets."
-        )
-    return most
-
-
-def _places(node: fx.Node, context: PassContext, what: str) -> fx.Node:
-    """The graph input with a static mask's scores or the always-kept blocks of an attention."""
-    layout, device = node.meta["token_layout"], node.args[0].meta["val"].device
-    sets = context.recipe.always_keep if what == "always_kept" else ()
-    blocks = math.ceil(layout.tokens / layout.block_size)
-    dtype = torch.bool if what == "always_kept" else torch.float32
-    example = _fake(node.args[0], (blocks, blocks), dtype)
-    return context.add_input(what, example, LayoutInput(layout, what, device, sets))
-
-
-def _for_all_heads(scores: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    return scores.expand(*q.shape[:2], *scores.shape).contiguous()
-
-
-def _select(scores: torch.Tensor, budget: int, *budgets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    always_keep = torch.eye(scores.shape[-2], scores.shape[-1], dtype=torch.bool, device=scores.device)
-    return qs.select_blocks.default(scores, always_keep, budget, *budgets)
-
-
-def _by_mass(first: torch.Tensor, pooled: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """Scores (B, H, nQ, nK) float32 that rank by the mass of the refresh before, or pooled where a row has none.
-
-    A row has none if no query of it had a log-sum-exp to estimate by, and counts as such if anything in it is NaN.
-    """
-    known = first.logical_not() & (mass.amax(-1, keepdim=True) > 0)
-    return torch.where(known, mass.float(), pooled)
-
-
-def _unless_first(first: torch.Tensor, lse_prev: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exps (B, H, S) of the refresh before; -inf, by which no mass is estimated, where there was none."""
-    return lse_prev.masked_fill(first, float("-inf"))
-
-
-def _stored_mass(mass: torch.Tensor) -> torch.Tensor:
-    return mass.to(MASS)
-
-
-def _keep_old(first: torch.Tensor, scores: torch.Tensor, number: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Scores that choose the listed blocks again, but in the first refresh of a video."""
-    listed = torch.arange(indices.shape[-1], device=indices.device) < number[..., None]
-    old = torch.zeros_like(scores).scatter(-1, indices.long(), listed.to(scores.dtype))
-    return torch.where(first, scores, old)
-
-
-def _listed(indices: torch.Tensor, most: int) -> torch.Tensor:
-    return indices[..., :most].to(torch.int16)
-
-
-def _fake(like: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    value = like.meta["val"]
-    with value.fake_mode:
-        return torch.empty(shape, dtype=dtype, device=value.device)
 
 
 def _scale(node: fx.Node) -> float:

@@ -5,7 +5,7 @@ import torch
 
 from qs_compiler.lowering import attention_tiles, collect_fallbacks, refresh_attention
 from qs_compiler.ops.refresh_attention import CORRECTIONS
-from qs_compiler.passes.sparsify_attention import _by_mass, _stored_mass, _unless_first
+from qs_compiler.passes.choose_blocks import _by_mass, _stored_mass, _unless_first
 from tests.fake_h100 import DEVICE_SHARED_MEMORY, cuda_code
 from tests.kernel_text import compile_offline, kernel_sources
 from tests.lowering.compiled import library_calls

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from qs_compiler.passes import Phase
+from qs_compiler.passes.choose_blocks import _by_mass
 from qs_compiler.passes.reparameterize_residual import ReparameterizeResidual
-from qs_compiler.passes.sparsify_attention import SparsifyAttention, _by_mass
+from qs_compiler.passes.sparsify_attention import SparsifyAttention
 from qs_compiler.passes.trim_padding_mask import TrimPaddingMask
 from tests.passes.conftest import targets
 
