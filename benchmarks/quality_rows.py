@@ -65,9 +65,10 @@ def all_rows() -> dict[str, Row]:
     dense = [
         ("w4a8", ("rounding", "default", "hadamard", "more", "range", "smoothing", *learned)),
         ("w4a4", ("rounding", "default", "hadamard", "range", "smoothing", *learned)),
-        ("w6a6", ("rounding", "default", "hadamard", "range", "msad")),
-        ("w8a8", ("rounding", "default", "hadamard")),
-        ("fp8", ("rounding", "default")),
+        *(
+            (form, ("rounding", "default", "hadamard", "range", "smoothing", *learned))
+            for form in ("w6a6", "w8a8", "fp8")
+        ),
     ]
     rows = [Row(f"{form}/{stage}", Recipe.parse(form), STAGES[stage]) for form, stages in dense for stage in stages]
     rows = [dataclasses.replace(row, forwards=MORE) if row.name.endswith("/more") else row for row in rows]

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ..ops.softmax_state import divide, finite
 from ..options import Recipe
 from ..passes.sparsify_attention import MIN_BLOCKS
-from ..runtime.cache_layout import LARGEST_SHARE, block_budget
+from ..runtime.cache_layout import block_budget, largest_share
 from ..runtime.head_values import GAINS, SHARES
 from ..runtime.schedule import Schedule
 from ..runtime.tracker import Video, track
@@ -71,9 +71,6 @@ class HeadFit(AttentionListener):
         super().__init__()
         self.recipe, self._model = recipe, model
         self.announced = False
-        self._shares = [UNITS]
-        if recipe.budgets == "fitted":
-            self._shares = list(range(1, int(UNITS * LARGEST_SHARE) + 1))
         self._schedule = Schedule.of(recipe)
         self._tracker = track(model)
         self._path: list[str] = []  # of the modules that are running, the innermost last
@@ -108,7 +105,7 @@ class HeadFit(AttentionListener):
                 missed = {"none": energy, "mixture": yy + gains * (2 * xy + gains * xx)}.get(self.recipe.correction, yy)
                 units = spread(missed, UNITS * len(xx))
                 found[SHARES][name] = units.float() / UNITS
-                place = units[:, None] - self._shares[0]
+                place = units[:, None] - 1
             if self.recipe.correction == "mixture":
                 found[GAINS][name] = gains.gather(1, place)[:, 0].float()
         return found
@@ -120,6 +117,12 @@ class HeadFit(AttentionListener):
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from an earlier `state()`, whose tensors may lie on another device."""
         self.announced, self._sums = state["announced"], dict(state["sums"])
+
+    def _units(self, name: str) -> list[int]:
+        """What is looked at of a layer."""
+        if self.recipe.budgets == "uniform":
+            return [UNITS]
+        return list(range(1, int(UNITS * largest_share(self.recipe.for_layer(name).density)) + 1))
 
     def _begin(self, name: str) -> None:
         if not self._path:
@@ -142,7 +145,7 @@ class HeadFit(AttentionListener):
         if step is None or call.is_causal or not call.is_self_attention:
             return
         whole, blocks = query.shape[2] // block, -(-query.shape[2] // block)
-        budget = block_budget(self.recipe.for_layer(name).density, blocks)
+        budget = block_budget(self.recipe.for_layer(name).density, blocks)  # the uniform one
         kv_len = _prefix(call)
         if blocks < MIN_BLOCKS or budget >= blocks or (call.attn_mask is not None and kv_len is None):
             return
@@ -162,7 +165,7 @@ class HeadFit(AttentionListener):
             rank = best.argsort(dim=-1)
         else:
             rank = reference.rank
-        counts = [min(max(1, round(budget * share / UNITS)), blocks) for share in self._shares]
+        counts = [min(max(1, round(budget * units / UNITS)), blocks) for units in self._units(name)]
         o, lse = attention_by_count(rows, key, call.value, rank, counts, kv_len, call.logit_scale, block)
         kept, residual = o[:, :, :-1], o[:, :, -1:] - o[:, :, :-1]
         if fresh:

@@ -3,7 +3,8 @@
 Bytes of one layer and branch, for q of shape (B, H, S, D) and blocks of `block_size` tokens, n = ceil(S / block_size):
 
     probe of q       B H D times 2, times rows that are looked at (up to 511): adaptive refreshes only
-    block lists      B H n (4 + 2 kept): the kept blocks only, int16; with budgets by head room for half as many more
+    block lists      B H n (4 + 2 kept): the kept blocks only, int16; with budgets by head room for half as many more,
+                     or for n / 8 where that is more
     residual         B H S D times 2 (bf16), 1 (fp8, int8) or 1/2 (int4)
     its scales       B H S times 4 (fp8, int8) or 2 (int4)
     or its factors   B H r (S + D) times 2 (rank16, rank32)
@@ -29,7 +30,7 @@ VALUES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8
 SCALES = {"fp8": torch.float32, "int8": torch.float32, "int4": torch.bfloat16}
 FACTORS = torch.bfloat16
 MIXTURE_WEIGHT = torch.bfloat16  # a gain times a share, hence small: 1 less it is off by less than bfloat16 outputs are
-LARGEST_SHARE = 1.5  # of the uniform number of blocks, that a head may keep: the lists are as long
+ROOM = 0.5, 0.125  # for more than the uniform number of blocks: a part of it, or of all blocks, whichever is more
 MASS = torch.bfloat16  # it only ranks blocks; small masses keep their order, for the exponents are those of float32
 
 
@@ -106,7 +107,14 @@ def block_budget(density: float, kv_blocks: int) -> int:
 def most_blocks(recipe: Recipe, kv_blocks: int) -> int:
     """Key blocks that a head may keep for each query block."""
     budget = block_budget(recipe.density, kv_blocks)
-    return min(math.ceil(LARGEST_SHARE * budget), kv_blocks) if recipe.budgets == "fitted" else budget
+    if recipe.budgets == "uniform":
+        return budget
+    return min(math.ceil(budget + max(ROOM[0] * budget, ROOM[1] * kv_blocks)), kv_blocks)
+
+
+def largest_share(density: float) -> float:
+    """The most that a head may keep, in uniform numbers of blocks."""
+    return 1 + max(ROOM[0], ROOM[1] / density)
 
 
 def cache_rank(cache_format: str) -> int | None:
