@@ -168,6 +168,7 @@ WRONG_RECIPES: list[tuple[Any, str]] = [
     ({"block_size": 128.0}, "block_size 128.0 is not known. Choose from: 64, 128."),
     ({"block_size": "128"}, "block_size '128' is not known. Choose from: 64, 128."),
     ({"mask": "pool"}, "mask 'pool' is not known; did you mean 'pooled'? Choose from: pooled, mass, "),
+    ({"budgets": "fited"}, "budgets 'fited' is not known; did you mean 'fitted'? Choose from: uniform, fitted."),
     ({"correction": "second-order"}, "'second-order' is not known; did you mean 'second_order'? Choose from: none, "),
     ({"correction": None}, "None is not known. Choose from: none, first_order, second_order, complement, mixture."),
     ({"gain": 1}, "gain 1 is not known. Choose from: 0, 1, k/tau, clipped."),
