@@ -181,12 +181,15 @@ def test_the_artifact_attaches():
     assert any(type(m).__name__ == "PackedLinear" for m in model.modules())
 
 
-def test_gains_that_could_not_be_fitted_are_told():
+def test_what_could_not_be_fitted_is_told():
     sparse = {**RECIPE, "density": 0.5, "block_size": 64}
-    with pytest.warns(UserWarning, match="every head gets 0.25. Calibrate a pipeline, or give run=..., a loop"):
-        artifact = calibrate(make_model(blocks=1), make_forwards(1), recipe=sparse)
-    assert artifact.gains == {}
-    calibrate(make_model(blocks=1), make_forwards(1), recipe={**sparse, "correction": "first_order"})  # has none to fit
+    words = "a gain of 0.25 in a mixture. Calibrate a pipeline, or give run=..., a loop"
+    for recipe in (sparse, {**sparse, "correction": "first_order"}, {**sparse, "budgets": "uniform"}):
+        with pytest.warns(UserWarning, match=words):
+            artifact = calibrate(make_model(blocks=1), make_forwards(1), recipe=recipe)
+        assert artifact.gains == {} and artifact.shares == {}
+    nothing = {**sparse, "correction": "first_order", "budgets": "uniform"}
+    calibrate(make_model(blocks=1), make_forwards(1), recipe=nothing)
 
 
 def test_a_loop_of_ones_own_is_run_once_without_gradients():
