@@ -85,7 +85,7 @@ class Case:
             shares = torch.linspace(0.5, 1.5, self.heads)[torch.randperm(self.heads)].tolist()
             kept = rounded_budgets(shares, self.kept, 2, self.blocks)
             budgets = torch.tensor(kept, dtype=torch.int32, device=DEVICE)
-        self.always, self.lists = always, select(scores, always, self.kept, budgets)
+        self.always, self.lists = always, quantsparse.select_blocks(scores, always, self.kept, budgets)
 
     @property
     def flop(self) -> int:
@@ -104,13 +104,6 @@ class Case:
             wanted = torch.softmax(q @ k.T * self.scale, -1) @ v
             worst = min(worst, float(cosine_similarity(o[0, 0, queries].float().flatten(), wanted.flatten(), 0)))
         return worst
-
-
-def select(
-    scores: torch.Tensor, always: torch.Tensor, kept: int, budgets: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block lists of the best `kept` blocks, or `budgets` (H,), by the reference."""
-    return quantsparse.select_blocks(scores, always, kept, budgets)
 
 
 def prologue(kind: str, q, k, v):
@@ -212,9 +205,9 @@ def ours(table: Table, shape: str, densities: list[float], kinds: list[str]) -> 
     """Our kernels alone and with the work around them."""
     for density in densities:
         case = functools.cache(lambda density=density: Case(shape, density))
+        unlike = functools.cache(lambda density=density: Case(shape, density, by_head=True))
 
         for kind in kinds:
-            unlike = functools.cache(lambda density=density: Case(shape, density, by_head=True))
 
             def alone(case=case, kind=kind):
                 operands = torch.compile(prologue, dynamic=False, fullgraph=True)(kind, case().q, case().k, case().v)

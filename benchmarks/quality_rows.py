@@ -64,10 +64,9 @@ def all_rows() -> dict[str, Row]:
     learned = ("msad", "learned", "distilled", "global", "local")
     dense = [
         ("w4a8", ("rounding", "default", "hadamard", "more", "range", "smoothing", *learned)),
-        ("w4a4", ("rounding", "default", "hadamard", "range", "smoothing", *learned)),
         *(
             (form, ("rounding", "default", "hadamard", "range", "smoothing", *learned))
-            for form in ("w6a6", "w8a8", "fp8")
+            for form in ("w4a4", "w6a6", "w8a8", "fp8")
         ),
     ]
     rows = [Row(f"{form}/{stage}", Recipe.parse(form), STAGES[stage]) for form, stages in dense for stage in stages]

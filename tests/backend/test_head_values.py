@@ -153,7 +153,8 @@ def test_gains_of_another_model_are_refused(tmp_path: Path) -> None:
     artifact = qs.calibrate(make(1), run=denoise, recipe=RECIPE, progress=False, samples=2, epochs=0)
     artifact.gains["blocks.9"] = artifact.gains["blocks.0"]
     model = make(1)
-    with pytest.raises(ArtifactError, match=r"values of heads for 'blocks\.9', which this TinyDiT lacks"):
+    words = r"values of heads for 'blocks\.9', which this TinyDiT lacks; calibrate again"
+    with pytest.raises(ArtifactError, match=words):
         qs.attach(model, artifact)
     assert type(model.blocks[0].qkv) is torch.nn.Linear, "everything is checked before anything is changed"
 

@@ -183,7 +183,10 @@ def test_the_artifact_attaches():
 
 def test_what_could_not_be_fitted_is_told():
     sparse = {**RECIPE, "density": 0.5, "block_size": 64}
-    words = "a gain of 0.25 in a mixture. Calibrate a pipeline, or give run=..., a loop"
+    words = (
+        "every head keeps as many blocks, and has a gain of 0.25 in a mixture. Calibrate a pipeline, or give run=..., "
+        "a loop"
+    )
     for recipe in (sparse, {**sparse, "correction": "first_order"}, {**sparse, "budgets": "uniform"}):
         with pytest.warns(UserWarning, match=words):
             artifact = calibrate(make_model(blocks=1), make_forwards(1), recipe=recipe)
