@@ -117,9 +117,17 @@ def sparse_table(rows: Rows, prefix: str) -> str:
             for kind, words in CORRECTIONS.items():
                 row = rows.get(f"{prefix}{form}-d{percent}/{kind}")
                 if row is not None:
-                    average = f"{row['average_density']:.0%}"
-                    lines.append([f"{percent} %", average, form.replace("off", "bf16"), words, *figures(row)])
+                    lines.append([f"{percent} %", f"{average_density(row):.0%}", form.replace("off", "bf16"), words, *figures(row)])
     return table(("kept, sparse step", "average", "linears", "correction", *MEASURED), lines)
+
+
+def average_density(row: dict) -> float:
+    """Of attention over all steps; a clip decides where refreshes by drift fall, so those are counted."""
+    if row["recipe"].get("refresh") != "adaptive":
+        return row["average_density"]
+    calls = row["calls"]
+    dense = calls["dense"] + calls["refresh"]
+    return (dense + row["sparse_density"] * calls["sparse"]) / (dense + calls["sparse"])
 
 
 def joint_table(rows: Rows) -> str:
