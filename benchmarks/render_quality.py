@@ -117,7 +117,8 @@ def sparse_table(rows: Rows, prefix: str) -> str:
             for kind, words in CORRECTIONS.items():
                 row = rows.get(f"{prefix}{form}-d{percent}/{kind}")
                 if row is not None:
-                    lines.append([f"{percent} %", f"{average_density(row):.0%}", form.replace("off", "bf16"), words, *figures(row)])
+                    average, linears = f"{average_density(row):.0%}", form.replace("off", "bf16")
+                    lines.append([f"{percent} %", average, linears, words, *figures(row)])
     return table(("kept, sparse step", "average", "linears", "correction", *MEASURED), lines)
 
 
