@@ -1,0 +1,233 @@
+"""Other ways to write the kernel of quantsparse::linear, side by side: what its epilogue costs, what would hide it.
+
+The kernel of lowering/templates/linear.py.jinja as plain Triton, and variants of it, in rounds (each variant once, then
+each again), since an H100 at its power limit slows down by a tenth within a second. int8 sums are exact, so
+every element of every variant must be that of the first one; the row says how many are not, over all rounds, and where.
+
+    as it is             128 x 256, 8 warps, one software pipeline over a program's tiles, epilogue in two halves
+    one piece            the epilogue on the whole tile
+    TMA store            halves stored through a descriptor
+    two programs         128 x 128, 4 warps, two on a multiprocessor
+    unscaled             neither scales nor bias: what their loads cost (its sums are not those of the others)
+    specialised          warp_specialize=True: 4 warps load, two groups of 4 multiply 64 rows each. Triton 3.6 lets both
+                         groups count rows from 0 where they come of tl.arange, so that row numbers are loaded
+    specialised, arange  the same with tl.arange: wrong from row 64 of each tile on
+
+    python benchmarks/linear_variants.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from qs_compiler.lowering import device as qs
+
+RESULTS = Path(__file__).parent / "results" / "linear_variants.json"
+SHAPES = {  # M, K, N
+    "hunyuan-up": (119_056, 3072, 12288),
+    "hunyuan-down": (119_056, 12288, 3072),
+    "hunyuan-out": (119_056, 3072, 3072),
+    "small": (300, 256, 512),
+}
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+AFTER = ("nothing", "GELU", "gate and residual")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """As the kernel takes it."""
+
+    BLOCK_M: int = 128
+    BLOCK_N: int = 256
+    PARTS: int = 2
+    FLATTEN: bool = True
+    TMA_STORE: bool = False
+    SCALED: bool = True
+    SPECIALIZED: bool = False
+    LOADED_ROWS: bool = False
+    warps: int = 8
+    programs: int = 1
+
+
+ALONE = {"PARTS": 1, "FLATTEN": False, "SPECIALIZED": True, "warps": 4}
+VARIANTS = {
+    "as it is": Variant(),
+    "one piece": Variant(PARTS=1),
+    "TMA store": Variant(TMA_STORE=True),
+    "two programs": Variant(BLOCK_N=128, FLATTEN=False, TMA_STORE=True, warps=4, programs=2),
+    "unscaled": Variant(SCALED=False),
+    "specialised": Variant(**ALONE, LOADED_ROWS=True),
+    "specialised, arange": Variant(**ALONE),
+    "specialised, unscaled, TMA store": Variant(**ALONE, SCALED=False, TMA_STORE=True),
+}
+
+
+@triton.jit
+def tanh_gelu(x):
+    """By the hardware's tanh, as lowering/gelu.py has it."""
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1)
+    return 0.5 * x * (1.0 + t)
+
+
+@triton.jit
+def kernel(
+    A, B, OUT, NUMBERS, XS, WS, BIAS, RESIDUAL, GATE, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, FLATTEN: tl.constexpr, TMA_STORE: tl.constexpr,
+    SCALED: tl.constexpr, SPECIALIZED: tl.constexpr, LOADED_ROWS: tl.constexpr, AFTER: tl.constexpr, INT8: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """One product with its epilogue; NUMBERS are 0, 1, 2, ... int32, up to M rounded up to whole tiles."""
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    a = qs.operand(A, M, K, K, BLOCK_M, 128, True)
+    b = qs.operand(B, N, K, K, BLOCK_N, 128, True)
+    if TMA_STORE:
+        out = qs.operand(OUT, M, N, N, BLOCK_M, WIDTH, True)
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    col_tiles = tl.cdiv(N, BLOCK_N)
+    if LOADED_ROWS:
+        numbers = tl.make_tensor_descriptor(NUMBERS, shape=[row_tiles * BLOCK_M], strides=[1], block_shape=[BLOCK_M])
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * col_tiles, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZED
+    ):
+        tile_m, tile_n = qs.tile_of(tile, row_tiles, col_tiles, 8)
+        row = tile_m * BLOCK_M
+        acc = qs.code_product(a, b, row, tile_n * BLOCK_N, M, N, K, K, K, BLOCK_M, BLOCK_N, 128, INT8, True, 3)
+        parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, WIDTH)), (0, 2, 1))) if PARTS == 2 else (acc,)
+        for part in tl.static_range(PARTS):
+            col = tile_n * BLOCK_N + part * WIDTH
+            cols = col + tl.arange(0, WIDTH)
+            rows = numbers.load([row]) if LOADED_ROWS else row + tl.arange(0, BLOCK_M)
+            inside = (rows < M)[:, None] & (cols < N)[None, :]
+            y = parts[part].to(tl.float32)
+            if SCALED:
+                y = y * tl.load(XS + rows, mask=rows < M, other=0.0)[:, None]
+                y = y * tl.load(WS + cols, mask=cols < N, other=0.0)[None, :]
+                y = y + tl.load(BIAS + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            y = y.to(tl.bfloat16).to(tl.float32)
+            where = rows[:, None] * N + cols[None, :]
+            if AFTER == 1:
+                y = tanh_gelu(y)
+            if AFTER == 2:
+                gate = tl.load(GATE + cols, mask=cols < N, other=0.0).to(tl.float32)
+                y = tl.load(RESIDUAL + where, mask=inside, other=0.0).to(tl.float32) + gate[None, :] * y
+            if TMA_STORE:
+                out.store([row, col], y.to(tl.bfloat16))
+            else:
+                tl.store(OUT + where, y.to(tl.bfloat16), mask=inside)
+
+
+class Case:
+    """One shape's operands."""
+
+    def __init__(self, shape: str, form: str, device: str) -> None:
+        self.m, self.k, self.n = SHAPES[shape]
+        self.device, self.int8 = device, form == "int8"
+        torch.manual_seed(0)
+        a, b = (torch.randn(rows, self.k, device=device) * 40 for rows in (self.m, self.n))
+        self.a, self.b = (x.round().clamp(-127, 127).to(CODES[form]) for x in (a, b))
+        del a, b
+        self.numbers = torch.arange(-(-self.m // 128) * 128, device=device, dtype=torch.int32)
+        self.xs, self.ws = (torch.rand(rows, device=device) + 0.5 for rows in (self.m, self.n))
+        self.xs /= 1600 * self.k**0.5
+        self.bias, self.gate = torch.randn(2, self.n, device=device, dtype=torch.bfloat16)
+        self.residual = torch.randn(self.m, self.n, device=device, dtype=torch.bfloat16)
+        self.out = torch.empty_like(self.residual)
+
+    def run(self, variant: Variant, after: int):
+        """Launch it; poisoned results first would be timed, so `measure` does that where it compares."""
+        processors = 4 if self.device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
+        options = dataclasses.asdict(variant)
+        warps, programs = options.pop("warps"), options.pop("programs") * processors
+        tensors = self.a, self.b, self.out, self.numbers, self.xs, self.ws, self.bias, self.residual, self.gate
+        sizes = self.m, self.n, self.k
+        constants = {**options, "AFTER": after, "INT8": self.int8, "PROGRAMS": programs}
+        return kernel[(programs,)](*tensors, *sizes, **constants, num_warps=warps, num_stages=3)
+
+
+def elapsed_ms(function) -> float:
+    """Of one run."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
+
+
+def measure(shape: str, form: str, after: str, names: list[str], rounds: int, device: str) -> list[dict]:
+    """A row a variant: the median over rounds, and the elements that differ from those of the first variant."""
+    case, index = Case(shape, form, device), AFTER.index(after)
+    rows: dict[str, dict] = {}
+    wanted = None
+    for name in names:
+        row = {"name": name, "shape": shape, "format": form, "after": after}
+        case.out.fill_(float("nan"))
+        try:
+            compiled = case.run(VARIANTS[name], index)
+        except Exception as error:  # one more row of a table: the others are still worth having
+            print(json.dumps({**row, "failed": f"{type(error).__name__}: {error}"[:200]}), flush=True)
+            continue
+        wanted = case.out.clone() if wanted is None else wanted
+        if compiled is not None and device == "cuda":
+            row |= {"registers": compiled.n_regs, "spilled": compiled.n_spills, "shared": compiled.metadata.shared}
+        rows[name] = {**row, "times": [], "unlike": 0}
+    for _ in range(rounds):
+        for name, row in rows.items():
+            case.out.fill_(float("nan"))
+            row["times"].append(elapsed_ms(lambda name=name: case.run(VARIANTS[name], index)))
+            if VARIANTS[name].SCALED:
+                unlike = (case.out != wanted).nonzero()
+                row["unlike"] += len(unlike)
+                if len(unlike) and "where" not in row:
+                    row["where"] = unlike[:8].tolist()
+    for row in rows.values():
+        times = sorted(row.pop("times"))
+        row["ms"], row["from"], row["to"] = (round(times[i], 3) for i in (len(times) // 2, 0, -1))
+        row["tflops"] = round(2 * case.m * case.n * case.k / row["ms"] / 1e9)
+        print(json.dumps(row), flush=True)
+    return list(rows.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["hunyuan-up", "hunyuan-down", "hunyuan-out"])
+    parser.add_argument("--formats", nargs="+", choices=CODES, default=list(CODES))
+    parser.add_argument("--after", nargs="+", choices=AFTER, default=list(AFTER))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.device == "cuda":
+        triton.set_allocator(lambda size, *_: torch.empty(size, device="cuda", dtype=torch.int8))
+    rows = []
+    for shape in args.shapes:
+        for form in args.formats:
+            for after in args.after:
+                rows += measure(shape, form, after, args.variants, args.rounds, args.device)
+    about = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
