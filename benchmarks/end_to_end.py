@@ -57,7 +57,7 @@ KINDS = (  # of kernels, by what their names contain; the first that matches
 def kind_of(kernel: str) -> str:
     """The kind of a kernel. Inductor names a fused one after all that it fuses, so those are told by their prefix."""
     name = kernel.lower()
-    if name.startswith(("triton_poi", "triton_red", "triton_per")):
+    if name.startswith(("triton_poi", "triton_red", "triton_per", "triton_unk")):  # the last: of a config of our own
         return "quantise" if "quantize_rows" in name else "norm and elementwise"
     return next(kind for kind, words in KINDS if any(word in name for word in words))
 

@@ -37,6 +37,7 @@ import qs_compiler
 from qs_compiler._compat import compile_fx
 from qs_compiler.lowering import collect_fallbacks, linear_choices, register_lowerings
 from qs_compiler.lowering.decompositions import decompositions
+from qs_compiler.lowering.row_kernels import row_kernels
 from qs_compiler.ops import pack_int4
 
 quantsparse = torch.ops.quantsparse
@@ -70,7 +71,12 @@ GROUP = 8  # shapes whose tensors fit on the device together
 
 def fuse(function: Callable) -> Callable:
     """Inductor with our lowerings, without the passes of the backend."""
-    return torch.compile(function, dynamic=False, backend=partial(compile_fx, decompositions=decompositions()))
+
+    def backend(module: torch.fx.GraphModule, inputs: list) -> Callable:
+        with row_kernels():
+            return compile_fx(module, inputs, decompositions=decompositions())
+
+    return torch.compile(function, dynamic=False, backend=backend)
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:

@@ -35,6 +35,10 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "get_num_sms": ("torch._inductor.utils", "get_num_sms"),
     "persistent_mm_grid": ("torch._inductor.kernel.mm_common", "persistent_mm_grid"),
     "compile_fx": ("torch._inductor.compile_fx", "compile_fx"),
+    # kernels that Inductor generates
+    "InductorChoices": ("torch._inductor.choices", "InductorChoices"),
+    "FixedTritonConfig": ("torch._inductor.codegen.triton", "FixedTritonConfig"),
+    "ReductionHint": ("torch._inductor.runtime.hints", "ReductionHint"),
     # packages of exported programs
     "aoti_compile_and_package": ("torch._inductor", "aoti_compile_and_package"),
     "aoti_load_package": ("torch._inductor", "aoti_load_package"),
@@ -504,6 +508,7 @@ def compile_graph(
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     from .lowering.decompositions import decompositions
+    from .lowering.row_kernels import row_kernels
 
     if _EAGER_GRAPHS.get():
         return module.forward
@@ -512,11 +517,12 @@ def compile_graph(
         # Dynamo knows nothing of the appended inputs; left to AOTAutograd, their sizes would become symbols.
         fake_mode = torch._guards.TracingContext.get().fake_mode
         examples = [from_fake(t, fake_mode) if is_fake(t) else t for t in inputs]
-        return compile_fx(module, examples, config_patches=patches, decompositions=decompositions())
+        with row_kernels():
+            return compile_fx(module, examples, config_patches=patches, decompositions=decompositions())
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())  # the compile caches keep nothing that has no ShapeEnv
     fakes = [from_fake(t, fake_mode) if isinstance(t, torch.Tensor) else t for t in inputs]
     own = torch._guards.TracingContext(fake_mode)
-    with torch._guards.tracing(own), torch._guards.compile_context(None):
+    with torch._guards.tracing(own), torch._guards.compile_context(None), row_kernels():
         return compile_fx(module, fakes, config_patches=patches, decompositions=decompositions())
 
 
@@ -568,11 +574,13 @@ def known_modes() -> list[str]:
 def fingerprint_pass(files: Sequence[str], extra: str | None) -> Any:
     """A CustomGraphPass that does nothing but put the hash of our sources into the keys of Inductor's caches.
 
-    Inductor's caches key on graph text and op names, not on the bodies of our ops and lowerings. A pass that the
-    user has set in the same slot is kept: it runs and its uuid is part of ours. `extra=None` switches caching off.
+    Inductor's caches key on graph text and op names, not on the bodies of our ops and lowerings, nor on who chooses
+    kernels. A pass that the user has set in the same slot is kept: it runs and its uuid is part of ours. `extra=None`
+    switches caching off.
     """
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+    from torch._inductor.virtualized import V
 
     inner = config.post_grad_custom_pre_pass
 
@@ -585,7 +593,8 @@ def fingerprint_pass(files: Sequence[str], extra: str | None) -> Any:
             own = inner.uuid() if isinstance(inner, CustomGraphPass) else None
             if extra is None or (inner is not None and own is None):
                 return None
-            return (get_hash_for_files(tuple(files)), extra, own)
+            chooser = type(V.choices)
+            return (get_hash_for_files(tuple(files)), extra, own, f"{chooser.__module__}.{chooser.__qualname__}")
 
     return Fingerprint()
 

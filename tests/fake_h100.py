@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from qs_compiler import _compat
 from qs_compiler.lowering import register_lowerings
 from qs_compiler.lowering.decompositions import decompositions
+from qs_compiler.lowering.row_kernels import row_kernels
 
 SHARED_MEMORY = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448}
 DEVICE_SHARED_MEMORY = {**SHARED_MEMORY, (10, 0): 232448}
@@ -140,6 +141,7 @@ def cuda_code(function, *args, capability=(9, 0), dynamic=(), config=None) -> st
             _compat.V.set_graph_handler(lowering),
             _compat.V.set_fake_mode(fake_mode),
             _compat.inductor_config.patch(config or {}),
+            row_kernels(),
         ):
             lowering.run(*fakes)
             code = lowering.codegen()[0]

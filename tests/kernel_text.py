@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -24,6 +25,12 @@ def constexpr_parameters(source: str) -> list[str]:
     """Block sizes that the launch of a kernel must give."""
     head = re.search(r"def \w+\((.*?)\):\n", definition(source), re.DOTALL).group(1)
     return re.findall(r"(\w+) ?: tl\.constexpr", head)
+
+
+def fixed_config(source: str) -> dict[str, int]:
+    """The config that a kernel's source was generated for, if it serves no other."""
+    found = re.search(r"@triton_heuristics\.fixed_config\(\s*config=(\{.*?\})", source)
+    return ast.literal_eval(found[1]) if found else {}
 
 
 def import_kernel(source: str, folder: Path):
@@ -62,11 +69,12 @@ def compile_offline(source: str, folder: Path, capability: tuple[int, int], x_bl
 
     types = re.search(r"'signature': \{(.*?)\}", source).group(1)
     signature = dict(re.findall(r"'(\w+)': '([^']+)'", types))
-    blocks = {name: {"XBLOCK": x_block}.get(name, 128) for name in constexpr_parameters(source)}
+    config = fixed_config(source)
+    blocks = {name: {"XBLOCK": x_block, **config}.get(name, 128) for name in constexpr_parameters(source)}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     options = {
         name: int(value) for name, value in re.findall(r"^\s*(num_warps|num_stages)=(\d+)", source, re.MULTILINE)
-    }
+    } | {name: config[name] for name in ("num_warps", "num_stages") if name in config}
     compiled = triton.compile(
         ASTSource(import_kernel(source, folder), signature, blocks, aligned),
         target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32),

@@ -5,12 +5,12 @@ import torch
 from torch.nn.functional import gelu, layer_norm
 
 from qs_compiler._compat import inductor_config
-from qs_compiler.lowering import collect_fallbacks, linear_choices
+from qs_compiler.lowering import collect_fallbacks, linear_choices, row_kernels
 from qs_compiler.ops import pack_int4
 from qs_compiler.ops.formats import FORMATS
 from tests.lowering.compiled import compiled, gate_joins_product, library_calls
 from tests.ops.attention_cases import block_lists, random_qkv
-from tests.tolerances import FP8_WEIGHTS_ERROR, RELATIVE_ERROR, assert_close
+from tests.tolerances import FP8_WEIGHTS_ERROR, RELATIVE_ERROR, assert_close, codes_apart
 
 pytestmark = [
     pytest.mark.gpu,
@@ -152,6 +152,21 @@ def test_block_from_layer_norm_to_residual_is_two_kernels(name, dynamic, batch):
     got, wanted, code = run(function, *args, dynamic=dynamic)
     assert library_calls(code) == [] and (code.count(".run(") == 2) == gate_joins_product(batch)
     compare(got, wanted, 2e-2)
+
+
+@pytest.mark.parametrize("name", [n for n in ("int8", "fp8") if n in NAMES])
+@pytest.mark.parametrize("channels", (1536, 3072, 5120))
+def test_rows_behind_layer_norm_are_held_in_registers(channels, name):
+    def function(x, shift, scale):
+        return quantsparse.quantize_rows(layer_norm(x, x.shape[-1:]) * (1 + scale) + shift, None, None, name)
+
+    args = [torch.randn(*shape, channels).to(bf16) for shape in ((3, 1367), (3, 1), (3, 1))]
+    (codes, scales), _, code = run(function, *args)
+    held = torch.cuda.get_device_capability() in row_kernels.HELD_ROWS
+    assert code.count("fixed_config(") == held and code.count(".run(") == 1
+    wanted_codes, wanted_scales = function(*(t.float() for t in args))
+    assert codes_apart(codes, wanted_codes) <= 1
+    assert_close(scales, wanted_scales)
 
 
 @pytest.mark.parametrize("dtype", CODES)

@@ -7,13 +7,14 @@ from torch.torch_version import TorchVersion
 
 from qs_compiler._compat import inductor_config, run_and_get_code
 from qs_compiler.lowering import register_lowerings
+from qs_compiler.lowering.row_kernels import row_kernels
 
 
 def compiled(function, *args, dynamic=False):
     """Result of the compiled function and its generated code (one graph)."""
     register_lowerings()
     torch.compiler.reset()
-    with inductor_config.patch(fx_graph_cache=False):  # its keys do not cover the lowerings
+    with inductor_config.patch(fx_graph_cache=False), row_kernels():  # its keys do not cover the lowerings
         result, codes = run_and_get_code(torch.compile(function, fullgraph=True, dynamic=dynamic), *args)
     assert len(codes) == 1
     return result, codes[0]

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from tests.kernel_text import constexpr_parameters, import_kernel
+from tests.kernel_text import constexpr_parameters, fixed_config, import_kernel
 
 
 def interpret(cases, folder: Path) -> list:
@@ -95,18 +95,17 @@ class Kernel:
     def __init__(self, source: str, folder: Path):
         self.function = import_kernel(source, folder)
         self.function.fn.__globals__.update(libdevice=Libdevice, triton_helpers=Helpers())
-        self.blocks = constexpr_parameters(source)
+        chosen = {"XBLOCK": 64, "YBLOCK": 16, **fixed_config(source)}
+        self.blocks = {name: chosen.get(name, 128) for name in constexpr_parameters(source)}
         self.fixed_grid = "'grid_type': 'FixedGrid'" in source
 
     def run(self, *args, stream):
         names = [n for n in self.function.arg_names if n not in self.blocks]
         sizes = dict(zip(names, args, strict=False))
         sizes = {"XBLOCK": sizes.get("xnumel", 1), "YBLOCK": sizes.get("ynumel", 1)}
-        blocks = {name: {"XBLOCK": 64, "YBLOCK": 16}.get(name, 128) for name in self.blocks}
-        grid = (
-            args[len(names) :] if self.fixed_grid else [-(-sizes[b] // blocks.get(b, 1)) for b in ("XBLOCK", "YBLOCK")]
-        )
-        self.function[tuple(grid)](*args[: len(names)], **blocks)
+        programs = [-(-sizes[b] // self.blocks.get(b, 1)) for b in ("XBLOCK", "YBLOCK")]
+        grid = args[len(names) :] if self.fixed_grid else programs
+        self.function[tuple(grid)](*args[: len(names)], **self.blocks)
 
 
 class Kernels:
