@@ -41,6 +41,9 @@ class HeldRows:
 # modulation in float32, 128 elements would not fit into 255 registers, so that such kernels have twice the warps.
 HELD_ROWS = {(9, 0): HeldRows(rows=2, loads={128: 768, 64: 1536})}
 CHANNELS = range(1025, 8193)  # shorter rows Inductor holds by itself
+# Behind layer norm and modulation int8 rows of 5120 channels took 0.98 ms held and 0.74 in loops, where fp8 took 0.64
+# and 1.03 (75,600 rows); without them 0.41 and 0.54. Not more than these two was measured of rows that long.
+INT8_CHANNELS = 4096
 FEW_ROWS = 4096  # fewer do not fill the device with programs of so few warps
 
 
@@ -59,7 +62,8 @@ class RowKernels(InductorChoices):
 
 def held_rows(features, groups, kwargs: dict[str, Any]) -> dict[str, int] | None:
     """The Triton config of a kernel that holds its rows, or None: Inductor chooses."""
-    if not any(origin.target is OP for node in features.reduction_nodes() for origin in node.node.origins):
+    quantisers = [o for node in features.reduction_nodes() for o in node.node.origins if o.target is OP]
+    if not quantisers:
         return None
     device, channels = features.reduction_nodes()[0].get_device(), features.reduction_numel
     held = HELD_ROWS.get(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
@@ -70,11 +74,18 @@ def held_rows(features, groups, kwargs: dict[str, Any]) -> dict[str, int] | None
     if features.get_reduction_hint(kwargs.get("tiling_scores")) != ReductionHint.INNER:
         return None  # what it reads lies transposed in memory: a few rows would be read in single elements
     padded, loaded = 1 << (int(channels) - 1).bit_length(), features.memory_stats().persistent.reads.bytes_per_thread
+    if padded > INT8_CHANNELS and loaded > x_bytes(quantisers) and any("int8" in o.args for o in quantisers):
+        return None
     for elements, most in held.loads.items():
         warps = max(1, held.rows * padded // (32 * elements))
         if held.rows * int(channels) * loaded <= 32 * warps * most:
             return {"XBLOCK": held.rows, "num_warps": warps, "num_stages": 1}
     return None
+
+
+def x_bytes(quantisers) -> int:
+    """Of an element that the quantisers read."""
+    return max(o.args[0].meta["val"].dtype.itemsize for o in quantisers)
 
 
 def asked_otherwise() -> bool:

@@ -87,6 +87,9 @@ WARPS = {  # of 2 rows: 128 elements a thread, or 64 where a thread has much to 
 def test_rows_are_held_and_nothing_spills(function, channels, form, tmp_path):
     with torch.device("meta"):
         source = only_kernel(of_form(function, form), *operands(function, 32_760, channels))
+    if form == "int8" and channels > 4096 and function is not quantise:
+        assert not fixed_config(source), "measured slower"
+        return
     expected = {"XBLOCK": 2, "num_warps": WARPS[function, channels], "num_stages": 1}
     assert fixed_config(source) == expected
     assert "R0_BLOCK: tl.constexpr" in source and "for r0_offset" not in source
