@@ -108,7 +108,9 @@ def template_product(xq, xs, wq, ws, bias, dtype):
         library.append(SCALED_MM.bind(nodes, layout))
     if inductor_config.max_autotune or inductor_config.max_autotune_gemm:
         tiles = list(SEARCH) if tma else tiles
-    elif library and library_is_faster(torch.cuda.get_device_capability(xq.get_device()), code, size_hint(rows), depth):
+    elif library and library_is_faster(
+        torch.cuda.get_device_capability(xq.get_device()), code, size_hint(rows), static_size(columns), depth
+    ):
         tiles = []
     else:
         library = []
