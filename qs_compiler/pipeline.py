@@ -111,7 +111,7 @@ def compile_attached(module: nn.Module, options: BackendOptions, compile: bool |
     if not compile:
         return
     lists = repeated_lists(module) if compile == "blocks" else ()
-    for part in [block for name in lists for block in module.get_submodule(name[:-1])] or [module]:
+    for part in [block for name in lists for block in module.get_submodule(name[:-1]).children()] or [module]:
         part.compile(backend=quantsparse_attached, options=_compile_options(options))
     _COMPILED.add(module)
 
