@@ -35,6 +35,15 @@ SPARSE: dict[str, dict[str, Any]] = {
     "staggered": {"correction": "mixture", "refresh": "staggered"},
     "adaptive": {"correction": "mixture", "refresh": "adaptive", "interval": 8},
 }
+MASKS: dict[str, dict[str, Any]] = {  # on the mixture with the default gain
+    "tiles": {"token_order": "tiles"},
+    "spatial": {"mask": "spatial"},
+    "temporal": {"mask": "temporal"},
+    "radial": {"mask": "radial"},
+    "mass": {"mask": "mass"},
+    "first_frame": {"always_keep": ("first_frame",)},
+    "neighbourhood": {"always_keep": ("neighbourhood",)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +96,11 @@ def all_rows() -> dict[str, Row]:
                 row = _sparse(form, percent, "mixture-0.25", "small")
                 recipe = dataclasses.replace(row.recipe, attention=attention)
                 rows.append(dataclasses.replace(row, name=f"{row.name}/{attention}", recipe=recipe))
+    for percent in (25, 15):
+        for name, fields in MASKS.items():
+            row = _sparse("off", percent, "mixture-0.25", "small")
+            recipe = dataclasses.replace(row.recipe, **fields)
+            rows.append(dataclasses.replace(row, name=f"{row.name}/{name}", recipe=recipe))
     for name in ("w4a8", "w4a4", "w8a8"):
         rows.append(Row(f"{name}/default/compiled", Recipe.parse(name), STAGES["default"], compiled=True))
     for form in ("off", "w4a8"):
