@@ -11,7 +11,8 @@ Bytes of one layer and branch, for q of shape (B, H, S, D) and blocks of `block_
     second order     B H r (S + D) times 2 more
     complement       B H S times 4 more, the log-sum-exp of the dropped blocks
     mixture          B H S times 2 more, what the sparse output weighs less than 1
-    mask "mass"      B H n n times 2 and B H S times 4 more, the mass of each block and the log-sum-exps
+    mask "mass"      B H n n times 2 and B H S times 4 more, the mass of each block and the log-sum-exps; not with
+                     second order, which keeps the first mask of a video
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def cache_slots(recipe: Recipe, shape: tuple[int, int, int, int]) -> dict[str, S
     if recipe.refresh == "adaptive":
         slots["probe"] = Slot((batch, heads, math.ceil(rows / probe_stride(rows)), dim), torch.bfloat16)
         slots["drift"] = Slot((1,), torch.float32)
-    if recipe.mask == "mass":
+    if ranks_by_mass(recipe):
         slots["block_mass"] = Slot((batch, heads, blocks, blocks), MASS)
         slots["lse_prev"] = Slot((batch, heads, rows), torch.float32)
     if recipe.correction == "none":
@@ -92,6 +93,11 @@ def cache_bytes(recipe: Recipe, shape: tuple[int, int, int, int], layers: int = 
         layers: how many there are.
     """
     return layers * sum(slot.nbytes for slot in cache_slots(recipe, shape).values())
+
+
+def ranks_by_mass(recipe: Recipe) -> bool:
+    """Whether refreshes rank by the mass of the one before: with second order no mask follows that of pooled scores."""
+    return recipe.mask == "mass" and recipe.correction != "second_order"
 
 
 def probe_stride(rows: int) -> int:
