@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import warnings
@@ -19,7 +20,7 @@ from .errors import ArtifactError, OptionError, RecipeError, UnsupportedError
 from .options import BackendOptions, Recipe
 from .packed_linear import PackedLinear
 from .packing import PackedWeight, why_not
-from .runtime.head_values import check_head_values, give_head_values
+from .runtime.head_values import check_head_values, give_head_values, has_shares, leave_no_room
 from .runtime.tracker import modules_of, track
 
 EXPERTS = ("transformer", "transformer_2")
@@ -88,6 +89,10 @@ _COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def compile_attached(module: nn.Module, options: BackendOptions) -> None:
     """Compile a module whose linears own their packed tensors."""
+    if options.recipe.budgets == "fitted" and not has_shares(module):
+        # All heads keep the budget then, so longer block lists would only take memory.
+        leave_no_room(module)
+        options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, budgets="uniform"))
     module.compile(backend=quantsparse_attached, options=_compile_options(options))
     _COMPILED.add(module)
 
