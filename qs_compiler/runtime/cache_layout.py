@@ -115,12 +115,12 @@ def most_blocks(recipe: Recipe, kv_blocks: int) -> int:
     budget = block_budget(recipe.density, kv_blocks)
     if recipe.budgets == "uniform":
         return budget
-    return min(math.ceil(budget + max(ROOM[0] * budget, ROOM[1] * kv_blocks)), kv_blocks)
+    return min(math.ceil(head_limit(budget, kv_blocks)), kv_blocks)
 
 
-def largest_share(density: float) -> float:
-    """The most that a head may keep, in uniform numbers of blocks."""
-    return 1 + max(ROOM[0], ROOM[1] / density)
+def head_limit(uniform: float, whole: float) -> float:
+    """The most that a head may keep where all together keep `uniform` of `whole` each; blocks, or any other unit."""
+    return uniform + max(ROOM[0] * uniform, ROOM[1] * whole)
 
 
 def cache_rank(cache_format: str) -> int | None:

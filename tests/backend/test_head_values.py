@@ -14,7 +14,7 @@ import qs_compiler as qs
 from qs_compiler.calibration import head_fit
 from qs_compiler.calibration.head_fit import QUERY_BLOCKS, HeadFit, attention_by_count, spread
 from qs_compiler.errors import ArtifactError, UnsupportedError
-from qs_compiler.runtime.cache_layout import cache_bytes
+from qs_compiler.runtime.cache_layout import cache_bytes, head_limit, most_blocks
 from qs_compiler.runtime.head_values import BUFFERS, DEFAULT_GAIN, GAINS, SHARES, budgets_of, gains_of, rounded_budgets
 from qs_compiler.runtime.schedule import Schedule
 from tests.backend.models import TOKENS, clip, make
@@ -290,3 +290,9 @@ def test_shares_that_come_too_late_are_an_error_with_the_remedy() -> None:
             denoise(target)
     late = shared(qs.attach(make(1), recipe=RECIPE, compile=False), (0.5, 1.5), (1.0, 1.0))
     denoise(qs.attach(late, recipe=RECIPE))
+
+
+@pytest.mark.parametrize(("density", "eighths", "blocks"), [(0.15, 14, 257), (0.25, 12, 350), (0.4, 12, 558)])
+def test_the_fit_and_the_lists_have_one_limit(density: float, eighths: int, blocks: int) -> None:
+    assert int(head_limit(8, 8 / density)) == eighths
+    assert most_blocks(dataclasses.replace(RECIPE, density=density), 931) == blocks
