@@ -218,7 +218,8 @@ def measure_ours(recipe: qs.Recipe, args: argparse.Namespace) -> dict:
         torch.cuda.reset_peak_memory_stats()  # that of the run is told apart
     row |= {"weight_bytes": bytes_by_class(model), "offload": args.offload}
     budget = None if args.cache_gib is None else int(args.cache_gib * 2**30)
-    qs.attach(model, recipe=recipe, mode=args.mode, memory_budget=budget)
+    compiled = "blocks" if args.each_block else True
+    qs.attach(model, recipe=recipe, mode=args.mode, memory_budget=budget, compile=compiled)
     if args.offload:
         model.enable_group_offload(
             onload_device=torch.device(args.device), offload_device=torch.device("cpu"), offload_type="block_level",
@@ -289,6 +290,7 @@ def name_of(what: str, args: argparse.Namespace) -> str:
         return ANCHORS[what]
     recipe = recipe_of(what, args)
     extras = {"embedders int8": args.embedders, f"mode {args.mode}": args.mode, "blocks in host memory": args.offload}
+    extras["blocks compiled apart"] = args.each_block
     extras[f"under {args.memory_cap_gib} GiB"] = args.memory_cap_gib is not None
     extras[f"caches within {args.cache_gib} GiB"] = args.cache_gib is not None
     extras = {f"{recipe.cache_format} caches": recipe.density < 1, **extras}
@@ -321,6 +323,7 @@ def main() -> None:
     parser.add_argument("--memory-cap-gib", type=float, help="what torch may allocate on the card")
     parser.add_argument("--cache-gib", type=float, help="of the card for residual caches; more goes to host memory")
     parser.add_argument("--offload", action="store_true", help="blocks in pinned host memory, by diffusers")
+    parser.add_argument("--each-block", action="store_true", help="compile each kind of block by itself")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=2, help="videos timed; 0: the profiled steps alone are")
     parser.add_argument("--whole", action="store_true", help="also run the whole denoising loop of each recipe")

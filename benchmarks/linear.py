@@ -1,8 +1,8 @@
 """Quantised linears: the product with its epilogue, and the whole linear with its quantiser, beside cuBLAS and torchao.
 
 Writes benchmarks/results/linear.json. Every linear of the big models at its real size, and a few row counts below.
-Times are medians of CUDA events; what takes under a millisecond is replayed from a CUDA graph of 20 calls. Results are
-compared with float64 products of the codes on a few rows before they are timed.
+Times are medians of CUDA events, taken in turns, since the clock moves; what takes under a millisecond is replayed from
+a CUDA graph of 20 calls. Results are compared with float64 products of the codes on a few rows before they are timed.
 
 Each shape has a process of its own. The processes of a group compile side by side, then they take turns to measure.
 A shape whose rows the output already holds, of this device and these versions, is not measured again, so the table can
@@ -79,17 +79,16 @@ def fuse(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False, backend=backend)
 
 
-def median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Of `repeats` runs after two more."""
-    calls, run = 1, function
-    if elapsed_ms(function) + elapsed_ms(function) < 2 and DEVICE == "cuda":
-        calls, graph = 20, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                function()
-        run = graph.replay
-        run()
-    return sorted(elapsed_ms(run) / calls for _ in range(repeats))[repeats // 2]
+def repeatable(function: Callable[[], object]) -> tuple[Callable[[], object], int]:
+    """What to time after two runs, and how many runs it is: 20 in a CUDA graph for what takes under a millisecond."""
+    if elapsed_ms(function) + elapsed_ms(function) >= 2 or DEVICE == "cpu":
+        return function, 1
+    calls, graph = 20, torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    graph.replay()
+    return graph.replay, calls
 
 
 def elapsed_ms(function: Callable[[], object]) -> float:
@@ -204,10 +203,16 @@ class Table:
         print(f"{self.shape}: {name} compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
     def measure(self, repeats: int) -> None:
-        """Time all of it and print the rows."""
-        for row, function, flop, nbytes in self.work:
-            if function is not None:
-                row["ms"] = round(median_ms(function, repeats), 4)
+        """Time all of it, in turns, and print the rows: a card at its power limit slows all of them alike then."""
+        runs = {i: repeatable(work[1]) for i, work in enumerate(self.work) if work[1] is not None}
+        times: dict[int, list[float]] = {i: [] for i in runs}
+        for _ in range(repeats):
+            for i, (run, calls) in runs.items():
+                times[i].append(elapsed_ms(run) / calls)
+        for i, (row, _, flop, nbytes) in enumerate(self.work):
+            if i in runs:
+                row["ms"] = round(sorted(times[i])[repeats // 2], 4)
+                row["from"], row["to"] = round(min(times[i]), 4), round(max(times[i]), 4)
                 if flop:
                     row["tflops"] = round(flop / row["ms"] / 1e9, 1)
                 if nbytes:

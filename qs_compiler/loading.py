@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from .errors import ArtifactError, UnsupportedError
 from .options import BackendOptions
 from .packed_linear import PackedLinear
 from .packing import PackedWeight
-from .pipeline import announce_steps, compile_attached, replace_linears
+from .pipeline import announce_steps, check_compile, compile_attached, replace_linears
 from .runtime.head_values import check_head_values, give_head_values
 
 
@@ -35,7 +35,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     *,
-    compile: bool = True,
+    compile: bool | Literal["blocks"] = True,
     **options: Any,
 ) -> nn.Module:
     """Build a model, compressed from the start, and compile it as `attach` does.
@@ -48,7 +48,8 @@ def load(
         device: where the tensors go.
         dtype: of parameters and persistent buffers, but for the class's `_keep_in_fp32_modules`; the artifact's own
             by default. Codes, scales and non-persistent buffers keep theirs.
-        compile: False leaves the model uncompiled, for example to `attach` a pipeline that it is made part of.
+        compile: False leaves the model uncompiled, for example to `attach` a pipeline that it is made part of;
+            "blocks" compiles its repeated blocks alone, as in `attach`.
         options: of the backend, as for `attach`: recipe, interval, warmup, strict, debug_dir, mode, grid,
             memory_budget.
 
@@ -72,12 +73,12 @@ def load(
     with parameters_on_meta():
         model = _build(model_class, _read_config(config))
     artifact.check_architecture(model)
+    check_compile(model, parsed.recipe, compile)
     check_head_values(model, artifact.head_values)
     _fill(model, artifact, torch.device(device), dtype)
     give_head_values(model, artifact.head_values)
     model.eval()
-    if compile:
-        compile_attached(model, parsed)
+    compile_attached(model, parsed, compile)
     announce_steps(model, [model], {"transformer": parsed})
     return model
 

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -26,7 +26,7 @@ from .runtime.tracker import modules_of, track
 EXPERTS = ("transformer", "transformer_2")
 
 
-def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options: Any) -> Any:
+def attach(target: Any, artifact: Any = None, *, compile: bool | Literal["blocks"] = True, **options: Any) -> Any:
     """Compress the transformers of a pipeline, or a module, in place.
 
     Every compressed Linear becomes a PackedLinear, which frees its 16-bit weight; the model is compiled with this
@@ -37,7 +37,10 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
         target: a diffusers pipeline, or a module.
         artifact: an Artifact or its path; for a pipeline with two experts a dict {"transformer": ...,
             "transformer_2": ...} or a folder with those names. None: weights are rounded without data, by `recipe`.
-        compile: False leaves the model uncompiled (it computes with dequantised weights, and never sparse).
+        compile: False leaves the model uncompiled (it computes with dequantised weights, and never sparse). "blocks"
+            compiles each repeated block by itself and leaves the rest of the model to eager PyTorch: equal blocks share
+            one graph, so that the first call is a good deal shorter and a step a little longer. Where a mask is
+            computed outside of the blocks (HunyuanVideo) attention stays dense then, as `reports()` tell.
         options: of the backend: recipe, interval, warmup, strict, debug_dir, mode, grid, memory_budget.
 
     Returns:
@@ -45,8 +48,8 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
 
     Raises:
         ArtifactError: the artifact is damaged or belongs to another model.
-        OptionError: an unknown option, or one in conflict with the artifact.
-        UnsupportedError: the model is attached already, is no module, or holds nothing to compress.
+        OptionError: an unknown option, or one in conflict with the artifact or with compile="blocks".
+        UnsupportedError: the model is attached already, is no module, or holds nothing to compress or to compile.
 
     A model that owns packed weights and is not compiled yet (from `load(..., compile=False)`, or from diffusers with a
     QuantSparseConfig) keeps them: attach compiles it and announces its steps.
@@ -61,6 +64,7 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
         if packed and (own is not None or module in _COMPILED):
             raise UnsupportedError(f"this {type(module).__name__} is attached already; load the 16-bit model again.")
         parsed[name] = BackendOptions.parse(options, artifact=own)
+        check_compile(module, parsed[name].recipe, compile)
         if packed:
             _check_packed(packed, parsed[name].recipe)
             replacements[name] = {}
@@ -78,8 +82,7 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
         replace_linears(module, replacements[name])
         if name in artifacts:
             give_head_values(module, artifacts[name].head_values)
-        if compile:
-            compile_attached(module, parsed[name])
+        compile_attached(module, parsed[name], compile)
     announce_steps(target, list(modules.values()), parsed)
     return target
 
@@ -87,13 +90,35 @@ def attach(target: Any, artifact: Any = None, *, compile: bool = True, **options
 _COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def compile_attached(module: nn.Module, options: BackendOptions) -> None:
-    """Compile a module whose linears own their packed tensors."""
+def check_compile(module: nn.Module, recipe: Recipe, compile: bool | str) -> None:
+    """Refuse what `compile_attached` cannot do with this module.
+
+    Raises:
+        OptionError: an unknown `compile`; or "blocks" with a density for attention by name, which the graph of a block
+            that serves all of them cannot tell apart.
+        UnsupportedError: "blocks" of a module without repeated ones.
+    """
+    if compile is True or compile is False:
+        return
+    if compile != "blocks":
+        raise OptionError(f'compile must be True, False or "blocks", not {compile!r}.')
+    if not repeated_lists(module):
+        raise UnsupportedError(f"this {type(module).__name__} has no repeated blocks; attach it with compile=True.")
+    if any("density" in fields for fields in recipe.overrides.values()):
+        raise OptionError('overrides give densities by name, but compile="blocks" has one graph for all; use True.')
+
+
+def compile_attached(module: nn.Module, options: BackendOptions, compile: bool | str = True) -> None:
+    """Compile a module whose linears own their packed tensors, or its blocks, or neither; see `attach`."""
+    if not compile:
+        return
     if options.recipe.budgets == "fitted" and not has_shares(module):
         # All heads keep the budget then, so longer block lists would only take memory.
         leave_no_room(module)
         options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, budgets="uniform"))
-    module.compile(backend=quantsparse_attached, options=_compile_options(options))
+    lists = repeated_lists(module) if compile == "blocks" else ()
+    for part in [block for name in lists for block in module.get_submodule(name[:-1]).children()] or [module]:
+        part.compile(backend=quantsparse_attached, options=_compile_options(options))
     _COMPILED.add(module)
 
 

@@ -191,6 +191,17 @@ class TestCallerErrors:
         with pytest.raises(UnsupportedError, match="attached already"):
             qs.attach(model)
 
+    def test_blocks_that_cannot_be_compiled_apart(self) -> None:
+        """Nothing is changed where `compile` cannot be followed."""
+        model, one = make(), nn.Sequential(nn.Linear(16, 16))
+        with pytest.raises(OptionError, match='True, False or "blocks", not \'block\''):
+            qs.attach(model, compile="block")
+        with pytest.raises(OptionError, match="densities by name"):
+            qs.attach(model, recipe={**RECIPE, "overrides": {"blocks.1": {"density": 1.0}}}, compile="blocks")
+        with pytest.raises(UnsupportedError, match="no repeated blocks"):
+            qs.attach(one, compile="blocks")
+        assert type(model.blocks[0].up) is nn.Linear and type(one[0]) is nn.Linear
+
     def test_nothing_to_attach(self) -> None:
         with pytest.raises(UnsupportedError, match=r"no .*linears"):
             qs.attach(nn.Sequential(nn.Conv2d(3, 8, 3)))

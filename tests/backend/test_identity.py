@@ -45,7 +45,11 @@ def attached(model: nn.Module, recipe: dict) -> nn.Module:
     return qs.attach(model, recipe=recipe)
 
 
-WAYS = [whole, in_place, each_block, with_break, attached]
+def attached_blocks(model: nn.Module, recipe: dict) -> nn.Module:
+    return qs.attach(model, recipe=recipe, compile="blocks")
+
+
+WAYS = [whole, in_place, each_block, with_break, attached, attached_blocks]
 
 
 def denoise(model: nn.Module, seed: int) -> list[torch.Tensor]:
@@ -94,7 +98,7 @@ def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_two_models_over_two_videos(way: Compile, recipe: dict) -> None:
     # An attached model also stores its modulation low-bit, so its reference is attached too.
-    alone = attached if way is attached else whole
+    alone = attached if way in (attached, attached_blocks) else whole
     want = {(seed, video): reference(seed, video, recipe, way=alone) for seed in (1, 2) for video in (7, 8)}
     before = calls()
     models = {seed: way(make(seed), recipe) for seed in (1, 2)}
@@ -293,7 +297,7 @@ def test_two_experts_of_one_video_share_the_steps_but_not_the_weights(way: Compi
                 run.step(i)
                 got[video].append(experts[i >= 3](**inputs))
     torch._dynamo.reset()
-    alone = attached if way is attached else whole
+    alone = attached if way in (attached, attached_blocks) else whole
     for video in (7, 8):
         high = denoise_some(alone(make(1), recipe), video, range(3))
         assert_same(got[video], high + denoise_some(alone(make(2), recipe), video, range(3, STEPS)))
