@@ -143,7 +143,7 @@ def _fill(model: nn.Module, artifact: Artifact, device: torch.device, dtype: tor
     keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     rest = dict(artifact.rest or {})
     packed = {id(model.get_submodule(name)) for name in artifact.layers}
-    made: dict[int, nn.Parameter] = {}
+    made: dict[nn.Parameter, nn.Parameter] = {}  # holds the model's own, so that no later one takes an id
 
     def take(name: str, like: torch.Tensor, cast: bool) -> torch.Tensor:
         tensor = rest.pop(name, None)
@@ -163,9 +163,9 @@ def _fill(model: nn.Module, artifact: Artifact, device: torch.device, dtype: tor
             if parameter is None or (name == "weight" and id(module) in packed):
                 continue
             tensor = take(prefix + name, parameter, cast=True)
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
-            module._parameters[name] = made[id(parameter)]
+            if parameter not in made:
+                made[parameter] = nn.Parameter(tensor, parameter.requires_grad)
+            module._parameters[name] = made[parameter]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 persistent = name not in module._non_persistent_buffers_set

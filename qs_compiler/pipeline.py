@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import warnings
@@ -15,11 +16,11 @@ from torch import nn
 
 from .artifact import PLAN, Artifact
 from .backend import quantsparse_attached
-from .errors import ArtifactError, OptionError, UnsupportedError
+from .errors import ArtifactError, OptionError, RecipeError, UnsupportedError
 from .options import BackendOptions, Recipe
 from .packed_linear import PackedLinear
 from .packing import PackedWeight, why_not
-from .runtime.head_values import check_head_values, give_head_values
+from .runtime.head_values import check_head_values, give_head_values, has_shares, leave_no_room
 from .runtime.tracker import modules_of, track
 
 EXPERTS = ("transformer", "transformer_2")
@@ -111,6 +112,10 @@ def compile_attached(module: nn.Module, options: BackendOptions, compile: bool |
     """Compile a module whose linears own their packed tensors, or its blocks, or neither; see `attach`."""
     if not compile:
         return
+    if options.recipe.budgets == "fitted" and not has_shares(module):
+        # All heads keep the budget then, so longer block lists would only take memory.
+        leave_no_room(module)
+        options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, budgets="uniform"))
     lists = repeated_lists(module) if compile == "blocks" else ()
     for part in [block for name in lists for block in module.get_submodule(name[:-1]).children()] or [module]:
         part.compile(backend=quantsparse_attached, options=_compile_options(options))
@@ -121,22 +126,36 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     """Linears that `recipe` compresses -> the recipe of each: those of the repeated blocks, or all if none repeat.
 
     Outside of the blocks (embedders, the last projection) those too that an override only stores low-bit: `w8a16`,
-    `w4a16`.
+    `w4a16`. A linear with several names is there under each of them, or under none if one of them says off.
+
+    Raises:
+        RecipeError: names of one linear have unlike recipes.
     """
     keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     lists = repeated_lists(model)
-    planned = {}
+    planned: dict[str, Recipe] = {}
+    linears: dict[str, nn.Linear] = {}
+    first: dict[nn.Linear, str] = {}
+    kept: set[nn.Linear] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear:
             continue
-        if any(part in name.split(".") for part in keep_fp32):
-            continue
         own = recipe.for_layer(name)
-        if lists and not name.startswith(lists) and not (own.stored_only and own.format != recipe.format):
+        if own.format == "off" or any(part in name.split(".") for part in keep_fp32):
+            kept.add(module)
+        elif lists and not name.startswith(lists) and not (own.stored_only and own.format != recipe.format):
             continue
-        if own.format != "off" and why_not(module.weight, own) is None:
-            planned[name] = own
-    return planned
+        elif why_not(module.weight, own) is None:
+            planned[name], linears[name] = own, module
+    for name, own in planned.items():
+        other = first.setdefault(linears[name], name)
+        formats = [(r.format, r.group_size) for r in (planned[other], own)]
+        if linears[name] not in kept and formats[0] != formats[1]:
+            raise RecipeError(
+                f"'{other}' and '{name}' are one layer, but the recipe packs them as {formats[0]} and {formats[1]}; "
+                f'say the same of both, or leave it as it is: overrides={{"{name}": {{"format": "off"}}}}.'
+            )
+    return {name: own for name, own in planned.items() if linears[name] not in kept}
 
 
 def repeated_lists(model: nn.Module) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..artifact import Artifact
-from ..errors import UnsupportedError
+from ..errors import RecipeError, UnsupportedError
 from ..options import Recipe
 from ..packing import PackedWeight, pack_weight
 from ..pipeline import repeated_lists
@@ -62,6 +62,7 @@ class Calibration:
         }
         self.finished = FinishedBlocks(folder, model, recipe, key)
         self.blocks = _blocks(model, plan)
+        _check_shared(model, plan, self.blocks)
 
     @property
     def units(self) -> int:
@@ -97,9 +98,13 @@ class Calibration:
                     break  # what follows the last block needs no computing
                 values = targets + outputs if quantized else targets
                 calls = [walk.advance(y) for walk, y in zip(walks, values, strict=True)]
+        done = {self.model.get_submodule(name): packed for name, packed in layers.items()}
         for name, own in self.plan.items():
-            if not any(_within(name, block) for block in self.blocks.values()):  # an embedder, stored alone
-                layers[name] = pack_weight(self.model.get_submodule(name).weight, own)
+            linear = self.model.get_submodule(name)
+            if linear in done:  # under each of its names
+                layers[name] = done[linear]
+            elif not any(_within(name, block) for block in self.blocks.values()):  # an embedder, stored alone
+                layers[name] = pack_weight(linear.weight, own)
         metrics["never_called"] = sorted(set(self.plan) - set(layers))
         return Artifact.of(self.model, self.recipe, layers, metrics, include_rest=include_rest)
 
@@ -122,7 +127,11 @@ class Calibration:
         """
         name = self.blocks[block]
         progress.begin(name)
-        linears = {n: self.model.get_submodule(n) for n in self.plan if _within(n, name)}
+        names: dict[nn.Linear, str] = {}  # one that has several goes by the first of them
+        for n in self.plan:
+            if _within(n, name):
+                names.setdefault(self.model.get_submodule(n), n)
+        linears = {n: linear for linear, n in names.items()}
         recorder = InputRecorder(linears, self.settings.rows)
         done = self.finished.load(index, name, self.home)
         targets: list[Target] = []
@@ -219,6 +228,20 @@ def _blocks(model: nn.Module, plan: Mapping[str, Recipe]) -> dict[nn.Module, str
     prefix_of = {n: prefix for n in plan for prefix in lists if n.startswith(prefix)}
     names = dict.fromkeys(prefix + n.removeprefix(prefix).partition(".")[0] for n, prefix in prefix_of.items())
     return {model.get_submodule(name): name for name in names}
+
+
+def _check_shared(model: nn.Module, plan: Mapping[str, Recipe], blocks: Mapping[nn.Module, str]) -> None:
+    """Raise RecipeError for a planned linear that two blocks share: neither can be calibrated without the other."""
+    seen: dict[nn.Module, tuple[str, str]] = {}
+    for block in blocks.values():
+        for name in plan:
+            if _within(name, block):
+                other, first = seen.setdefault(model.get_submodule(name), (block, name))
+                if other != block:
+                    raise RecipeError(
+                        f"'{first}' and '{name}' are one layer of two blocks, which are calibrated one after the other;"
+                        f' leave it as it is: overrides={{"{first}": {{"format": "off"}}}}.'
+                    )
 
 
 def _within(name: str, block: str) -> bool:

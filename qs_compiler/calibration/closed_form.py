@@ -170,7 +170,7 @@ def _one_at_a_time(
             call = walk.advance()
             while call is not None:
                 name, x = names[call.module], input_of(call)
-                if name in firsts and name not in rows:  # one that is called twice counts with its first input
+                if name in firsts and name not in rows:  # later calls count as in full precision
                     rows[name] = some_rows(x, settings.rows)
                     if len(rows) == len(firsts):
                         break
@@ -207,12 +207,18 @@ def _compress_group(
     settings: Settings,
     found: Compressed,
 ) -> None:
-    """Compress linears that read one tensor: one transform for those whose inputs are quantised alike."""
+    """Compress linears that read the same tensors: one transform for those whose inputs are quantised alike.
+
+    Args:
+        quantized: for each sample rows (M, K) of what they read first in the compressed model.
+    """
     recipes = {n: recipes[n].weight_only() if n in record.few_rows else recipes[n] for n in linears}
+    full = record.rows[next(iter(linears))]
+    # A linear is compressed at its first call. What it reads later may come from itself, so full precision says.
+    quantized = [y if len(y) == len(x) else torch.cat([y, x[len(y) :]]) for x, y in zip(full, quantized, strict=True)]
     for activation in dict.fromkeys(recipes[n].activation_format for n in linears):
         alike = [n for n in linears if recipes[n].activation_format == activation]
         weights = {n: linears[n].weight.detach().float() for n in alike}
-        full = record.rows[alike[0]]
         if alike[0] in found.choices:
             transform = found.choices[alike[0]].transform
         else:

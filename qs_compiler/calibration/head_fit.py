@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ..ops.softmax_state import divide, finite
 from ..options import Recipe
 from ..passes.sparsify_attention import MIN_BLOCKS
-from ..runtime.cache_layout import block_budget, largest_share
+from ..runtime.cache_layout import block_budget, head_limit
 from ..runtime.head_values import GAINS, SHARES
 from ..runtime.schedule import Schedule
 from ..runtime.tracker import Video, track
@@ -122,7 +122,7 @@ class HeadFit(AttentionListener):
         """What is looked at of a layer."""
         if self.recipe.budgets == "uniform":
             return [UNITS]
-        return list(range(1, int(UNITS * largest_share(self.recipe.for_layer(name).density)) + 1))
+        return list(range(1, int(head_limit(UNITS, UNITS / self.recipe.for_layer(name).density)) + 1))
 
     def _begin(self, name: str) -> None:
         if not self._path:

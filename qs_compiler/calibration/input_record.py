@@ -20,10 +20,11 @@ class InputRecord:
     """What the linears of a block read in full precision.
 
     Attributes:
-        rows: linear -> for each sample some rows of its input, (M, K); always the same positions of inputs alike.
-        stages: groups of linears that read one and the same tensor, in the order of their calls, sorted into stages
-            whose groups do not depend on one another.
-        few_rows: linears that read one row a clip (time or modulation) instead of tokens.
+        rows: linear -> for each sample some rows of its input, (M, K); always the same positions of inputs alike. Those
+            of a linear that is called with several tensors follow one another in the order of its calls.
+        stages: groups of linears that read the same tensors, in the order of their calls, sorted into stages whose
+            groups do not depend on one another (of a linear that is called again, only the first input counts).
+        few_rows: linears that read one row a clip (time or modulation) instead of tokens, in all their calls.
     """
 
     rows: dict[str, list[torch.Tensor]]
@@ -54,7 +55,8 @@ class InputRecorder:
         self.record = InputRecord({}, [], set())
         self._linears, self._rows = linears, rows
         self._open = contextlib.ExitStack()
-        self._readers: dict[int, tuple[torch.Tensor, list[str]]] = {}
+        # What each linear has read in this forward, by id. The tensors are held, so that no later one takes an address.
+        self._inputs: dict[str, dict[int, torch.Tensor]] = {}
         self._ancestry, self._ancestors = Ancestry(), {}
 
     def __enter__(self) -> InputRecorder:
@@ -77,16 +79,25 @@ class InputRecorder:
     def __exit__(self, *_: object) -> None:
         self._open.close()
         if not self.record.stages:
-            self.record.stages = stages([names for _, names in self._readers.values() if names], self._ancestors)
-        self._readers.clear()
+            groups: dict[tuple[int, ...], list[str]] = {}
+            for name, inputs in self._inputs.items():
+                groups.setdefault(tuple(inputs), []).append(name)
+            self.record.stages = stages(list(groups.values()), self._ancestors)
+        self._inputs.clear()
 
     def _read(self, name: str, x: torch.Tensor) -> None:
         self._ancestors.setdefault(name, self._ancestry.of(x))
-        # The tensor is held, so that no later one can take its address.
-        _, names = self._readers.setdefault(id(x), (x, []))
-        if name in names or any(name in others for _, others in self._readers.values()):
-            return  # a linear that is called twice is calibrated on its first input
-        names.append(name)
-        self.record.rows.setdefault(name, []).append(some_rows(x, self._rows).clone())
-        if x.dim() == 1 or (x.dim() == 2 and len(x) < SMALL_ROWS):
-            self.record.few_rows.add(name)
+        inputs = self._inputs.setdefault(name, {})
+        if id(x) in inputs:
+            return
+        few = x.dim() == 1 or (x.dim() == 2 and len(x) < SMALL_ROWS)
+        of_samples = self.record.rows.setdefault(name, [])
+        if not inputs:
+            of_samples.append(some_rows(x, self._rows).clone())
+            if few:
+                self.record.few_rows.add(name)
+        else:
+            of_samples[-1] = torch.cat([of_samples[-1], some_rows(x, self._rows)])
+            if not few:
+                self.record.few_rows.discard(name)
+        inputs[id(x)] = x

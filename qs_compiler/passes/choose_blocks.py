@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from ..errors import RecipeError
-from ..runtime.cache_layout import MASS, most_blocks
+from ..runtime.cache_layout import MASS, most_blocks, ranks_by_mass
 from ..runtime.inputs import HeadBudgets
 from ..runtime.token_layout import STATIC_MASKS, LayoutInput, layout_tensor
 from .base import AttentionSite, PassContext, call, splice
@@ -60,7 +60,7 @@ class BlockChoice:
         else:
             scores = splice(graph, node, qs.block_scores.default, q, k, kv_len, scale, recipe.block_size)
         before = None
-        if recipe.mask == "mass":
+        if ranks_by_mass(recipe):
             mass, lse_prev = self._mass()
             first = flag(context, site, q, "new_video")
             scores = splice(graph, node, _by_mass, first, scores, mass)
@@ -85,7 +85,7 @@ class BlockChoice:
         with graph.inserting_before(node):
             for cache, new in zip(self.lists, stored, strict=True):
                 call(graph, node, aten.copy_.default, cache, new)
-            if self._context.recipe.mask == "mass":
+            if ranks_by_mass(self._context.recipe):
                 mass, lse_prev = self._mass()
                 lse, new_mass = (call(graph, node, operator.getitem, refresh, i) for i in (1, 4))
                 call(graph, node, aten.copy_.default, lse_prev, lse)

@@ -11,7 +11,8 @@ Bytes of one layer and branch, for q of shape (B, H, S, D) and blocks of `block_
     second order     B H r (S + D) times 2 more
     complement       B H S times 4 more, the log-sum-exp of the dropped blocks
     mixture          B H S times 2 more, what the sparse output weighs less than 1
-    mask "mass"      B H n n times 2 and B H S times 4 more, the mass of each block and the log-sum-exps
+    mask "mass"      B H n n times 2 and B H S times 4 more, the mass of each block and the log-sum-exps; not with
+                     second order, which keeps the first mask of a video
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def cache_slots(recipe: Recipe, shape: tuple[int, int, int, int]) -> dict[str, S
     if recipe.refresh == "adaptive":
         slots["probe"] = Slot((batch, heads, math.ceil(rows / probe_stride(rows)), dim), torch.bfloat16)
         slots["drift"] = Slot((1,), torch.float32)
-    if recipe.mask == "mass":
+    if ranks_by_mass(recipe):
         slots["block_mass"] = Slot((batch, heads, blocks, blocks), MASS)
         slots["lse_prev"] = Slot((batch, heads, rows), torch.float32)
     if recipe.correction == "none":
@@ -94,6 +95,11 @@ def cache_bytes(recipe: Recipe, shape: tuple[int, int, int, int], layers: int = 
     return layers * sum(slot.nbytes for slot in cache_slots(recipe, shape).values())
 
 
+def ranks_by_mass(recipe: Recipe) -> bool:
+    """Whether refreshes rank by the mass of the one before: with second order no mask follows that of pooled scores."""
+    return recipe.mask == "mass" and recipe.correction != "second_order"
+
+
 def probe_stride(rows: int) -> int:
     """An adaptive refresh looks at every n-th row of q: at most 511 of them."""
     return max(1, rows // 256)
@@ -109,12 +115,12 @@ def most_blocks(recipe: Recipe, kv_blocks: int) -> int:
     budget = block_budget(recipe.density, kv_blocks)
     if recipe.budgets == "uniform":
         return budget
-    return min(math.ceil(budget + max(ROOM[0] * budget, ROOM[1] * kv_blocks)), kv_blocks)
+    return min(math.ceil(head_limit(budget, kv_blocks)), kv_blocks)
 
 
-def largest_share(density: float) -> float:
-    """The most that a head may keep, in uniform numbers of blocks."""
-    return 1 + max(ROOM[0], ROOM[1] / density)
+def head_limit(uniform: float, whole: float) -> float:
+    """The most that a head may keep where all together keep `uniform` of `whole` each; blocks, or any other unit."""
+    return uniform + max(ROOM[0] * uniform, ROOM[1] * whole)
 
 
 def cache_rank(cache_format: str) -> int | None:

@@ -10,6 +10,7 @@ graph may serve many layers.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, UnsupportedError
 
 GAINS, SHARES = BUFFERS = ("residual_gains", "block_shares")
 # What a head without fitted gains uses; benchmarks/ssar.py compares it with others.
@@ -27,6 +28,7 @@ HeadValues = Mapping[str, Mapping[str, torch.Tensor]]  # buffer -> qualified nam
 
 _VALUES: Any = {name: WeakIdKeyDictionary() for name in BUFFERS}  # tensor of an attention module -> its values
 _BUDGETS: Any = WeakIdKeyDictionary()  # shares -> the budgets that they were turned into
+_WITHOUT_ROOM: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose block lists hold the budget and no more
 
 
 def check_head_values(model: nn.Module, values: HeadValues) -> None:
@@ -53,8 +55,27 @@ def give_head_values(model: nn.Module, values: HeadValues) -> None:
                 modules[name].register_buffer(buffer, of_heads.to(device, torch.float32), persistent=False)
 
 
+def has_shares(model: nn.Module) -> bool:
+    """Whether any attention module of `model` owns fitted shares."""
+    return any(getattr(module, SHARES, None) is not None for module in model.modules())
+
+
+def leave_no_room(model: nn.Module) -> None:
+    """Say that `model` is compiled with block lists that fitted shares would not fit into."""
+    _WITHOUT_ROOM.add(model)
+
+
 def note_head_values(model: nn.Module) -> None:
-    """Remember for each tensor of an attention module that owns values where they are."""
+    """Remember for each tensor of an attention module that owns values where they are.
+
+    Raises:
+        UnsupportedError: the model came to have shares after it was compiled without room for them.
+    """
+    if any(part in _WITHOUT_ROOM and has_shares(part) for part in model.modules()):
+        raise UnsupportedError(
+            f"this {type(model).__name__} was attached without fitted shares of key blocks and has some now, for which "
+            "its block lists have no room; load the 16-bit model again and attach an artifact that holds them."
+        )
     for module in model.modules():
         for buffer in BUFFERS:
             values = getattr(module, buffer, None)

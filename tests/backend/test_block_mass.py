@@ -7,7 +7,7 @@ import torch
 
 import qs_compiler as qs
 from qs_compiler.passes import quantize_attention
-from qs_compiler.runtime.cache_layout import block_budget
+from qs_compiler.runtime.cache_layout import block_budget, cache_bytes
 from tests.backend.models import RECIPE, clip, make
 from tests.tolerances import assert_close, relative_error
 
@@ -91,6 +91,14 @@ def test_a_video_uses_nothing_of_the_one_before(attention: str) -> None:
         assert again.tensors[name] is a.tensors[name], "the tensors held the other video's values"
         assert (b.caches[-1][name] != 0).any()
     assert again.same(a) and not b.same(a)
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_second_order_keeps_its_first_mask_so_it_caches_no_mass() -> None:
+    mass, pooled = ({**MASS, "correction": "second_order", "mask": mask} for mask in ("mass", "pooled"))
+    video, other = (Video(compiled(**recipe), 7) for recipe in (mass, pooled))
+    assert video.tensors.keys() == other.tensors.keys() and video.same(other)
+    assert len({cache_bytes(qs.Recipe.parse(recipe), (1, HEADS, 80, 16)) for recipe in (mass, pooled)}) == 1
 
 
 def test_compiled_a_video_uses_nothing_of_the_one_before() -> None:

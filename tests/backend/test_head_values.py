@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import qs_compiler as qs
 from qs_compiler.calibration import head_fit
 from qs_compiler.calibration.head_fit import QUERY_BLOCKS, HeadFit, attention_by_count, spread
-from qs_compiler.errors import ArtifactError
+from qs_compiler.errors import ArtifactError, UnsupportedError
+from qs_compiler.runtime.cache_layout import cache_bytes, head_limit, most_blocks
 from qs_compiler.runtime.head_values import BUFFERS, DEFAULT_GAIN, GAINS, SHARES, budgets_of, gains_of, rounded_budgets
 from qs_compiler.runtime.schedule import Schedule
 from tests.backend.models import TOKENS, clip, make
@@ -259,3 +260,39 @@ def test_each_layer_keeps_its_own_numbers_of_blocks_in_one_compiled_graph() -> N
 def test_without_fitted_shares_every_head_has_the_budget() -> None:
     weight = torch.randn(4, 4)
     assert budgets_of(weight, 3, 7, 1, 9, weight.device).tolist() == [7, 7, 7]
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_attached_without_shares_the_lists_have_no_room_and_the_numbers_are_the_same() -> None:
+    outputs, caches = {}, {}
+    for room in (False, True):
+        torch._dynamo.reset()
+        model = make(1)
+        if room:
+            shared(model, (1.0, 1.0), (1.0, 1.0))
+        outputs[room] = denoise(qs.attach(model, recipe=RECIPE))
+        caches[room] = qs.reports()[-1].cache_bytes
+    assert all(torch.equal(a, b) for a, b in zip(outputs[False], outputs[True], strict=True))
+    shape = (1, 2, TOKENS, 16)
+    for room, policy in ((False, "uniform"), (True, "fitted")):
+        assert caches[room] == cache_bytes(dataclasses.replace(RECIPE, budgets=policy), shape, layers=2)
+    assert caches[False] < caches[True]
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_shares_that_come_too_late_are_an_error_with_the_remedy() -> None:
+    torch._dynamo.reset()
+    model = qs.attach(make(1), recipe=RECIPE)
+    denoise(model)
+    shared(model, (0.5, 1.5), (1.0, 1.0))
+    for target in (model, torch.nn.Sequential(model)):
+        with pytest.raises(UnsupportedError, match=r"no room; load the 16-bit model again and attach an artifact"):
+            denoise(target)
+    late = shared(qs.attach(make(1), recipe=RECIPE, compile=False), (0.5, 1.5), (1.0, 1.0))
+    denoise(qs.attach(late, recipe=RECIPE))
+
+
+@pytest.mark.parametrize(("density", "eighths", "blocks"), [(0.15, 14, 257), (0.25, 12, 350), (0.4, 12, 558)])
+def test_the_fit_and_the_lists_have_one_limit(density: float, eighths: int, blocks: int) -> None:
+    assert int(head_limit(8, 8 / density)) == eighths
+    assert most_blocks(dataclasses.replace(RECIPE, density=density), 931) == blocks

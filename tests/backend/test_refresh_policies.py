@@ -15,7 +15,6 @@ from tests.backend.models import RECIPE, clip, make
 
 STEPS, BLOCKS = 7, 4
 STAGGERED = {**RECIPE, "format": "off", "interval": 2, "refresh": "staggered"}
-STAGGERED |= {"correction": "second_order", "rank": 2, "mask": "mass"}
 ADAPTIVE = {**RECIPE, "format": "off", "interval": 4, "refresh": "adaptive", "max_drift": 0.4}
 
 
@@ -51,8 +50,11 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.usefixtures("eager_graphs")
-def test_each_layer_refreshes_at_its_own_steps() -> None:
-    options = {"recipe": STAGGERED}
+@pytest.mark.parametrize(
+    "fields", [{"correction": "second_order", "rank": 2}, {"correction": "first_order", "mask": "mass"}]
+)
+def test_each_layer_refreshes_at_its_own_steps(fields: dict) -> None:
+    options = {"recipe": {**STAGGERED, **fields}}
     blocks = Runs(make(blocks=BLOCKS))
     for block in blocks.model.blocks:
         block.compile(backend="quantsparse", options=options, dynamic=False)

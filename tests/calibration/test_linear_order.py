@@ -114,7 +114,7 @@ class Twice(Block):
         return super().forward(super().forward(x, time, text), time, text)
 
 
-def test_linears_that_are_called_twice_are_calibrated_on_their_first_input():
+def test_linears_that_are_called_twice_are_calibrated_alike_side_by_side_and_alone():
     model = make_model(blocks=2)
     for block in model.blocks:
         block.__class__ = Twice

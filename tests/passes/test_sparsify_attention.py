@@ -80,6 +80,7 @@ def test_second_order_keeps_one_mask_a_video(context) -> None:
     assert ops.count("quantsparse.low_rank.default") == 1
     assert ops.count("aten.copy_.default") == 6
     assert ops.count("aten.where.self") == 2, "the choice of blocks and the difference wait for a second refresh"
+    assert run(context, Phase.REFRESH, correction="second_order", cache_format="int8", mask="mass")[1] == names
     ops, names, *_ = run(context, Phase.SPARSE, correction="second_order")
     assert "gain_0" in names
 
