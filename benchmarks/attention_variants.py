@@ -19,15 +19,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
-from datetime import date
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from attention import BLOCK
-from linear_variants import elapsed_ms
+from linear_variants import elapsed_ms, keep, rates
 from torch.nn.functional import cosine_similarity
 
 from qs_compiler.lowering import device as qs
@@ -266,9 +264,7 @@ def measure(name: str, rounds: int, device: str) -> list[dict]:
             row["times"].append(elapsed_ms(lambda words=words: case.run(choices[words])))
             row["unlike"] = max(row["unlike"], float((case.o - first).abs().nan_to_num(float("inf")).max()))
     for row in rows.values():
-        times = sorted(row.pop("times"))
-        row["ms"], row["from"], row["to"] = (round(times[i], 3) for i in (len(times) // 2, 0, -1))
-        row["tflops"] = round(case.flop / row["ms"] / 1e9)
+        row |= rates(row.pop("times"), case.flop)
         print(json.dumps(row), flush=True)
     return list(rows.values())
 
@@ -283,13 +279,7 @@ def main() -> None:
     if args.device == "cuda":
         triton.set_allocator(lambda size, *_: torch.empty(size, device="cuda", dtype=torch.int8))
     rows = [row for name in args.cases for row in measure(name, args.rounds, args.device)]
-    about = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-    }
-    args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    keep(rows, args.device, args.output)
 
 
 if __name__ == "__main__":

@@ -196,11 +196,28 @@ def measure(shape: str, form: str, after: str, names: list[str], rounds: int, de
                 if len(unlike) and "where" not in row:
                     row["where"] = unlike[:8].tolist()
     for row in rows.values():
-        times = sorted(row.pop("times"))
-        row["ms"], row["from"], row["to"] = (round(times[i], 3) for i in (len(times) // 2, 0, -1))
-        row["tflops"] = round(2 * case.m * case.n * case.k / row["ms"] / 1e9)
+        row |= rates(row.pop("times"), 2 * case.m * case.n * case.k)
         print(json.dumps(row), flush=True)
     return list(rows.values())
+
+
+def rates(times: list[float], flop: int) -> dict[str, float]:
+    """Median, least and most of times in ms, and TFLOPS."""
+    times = sorted(times)
+    middle = times[len(times) // 2]
+    found = {"ms": middle, "from": times[0], "to": times[-1]}
+    return {**{name: round(value, 3) for name, value in found.items()}, "tflops": round(flop / middle / 1e9)}
+
+
+def keep(rows: list[dict], device: str, output: Path) -> None:
+    """Write the rows and what they were measured on."""
+    about = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -220,13 +237,7 @@ def main() -> None:
         for form in args.formats:
             for after in args.after:
                 rows += measure(shape, form, after, args.variants, args.rounds, args.device)
-    about = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-    }
-    args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    keep(rows, args.device, args.output)
 
 
 if __name__ == "__main__":
