@@ -162,7 +162,8 @@ def test_rows_behind_layer_norm_are_held_in_registers(channels, name):
 
     args = [torch.randn(*shape, channels).to(bf16) for shape in ((3, 1367), (3, 1), (3, 1))]
     (codes, scales), _, code = run(function, *args)
-    held = torch.cuda.get_device_capability() in row_kernels.HELD_ROWS
+    long = name == "int8" and channels > row_kernels.INT8_CHANNELS
+    held = torch.cuda.get_device_capability() in row_kernels.HELD_ROWS and not long
     assert code.count("fixed_config(") == held and code.count(".run(") == 1
     wanted_codes, wanted_scales = function(*(t.float() for t in args))
     assert codes_apart(codes, wanted_codes) <= 1
