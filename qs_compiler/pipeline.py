@@ -98,7 +98,7 @@ def check_compile(module: nn.Module, recipe: Recipe, compile: bool | str) -> Non
             that serves all of them cannot tell apart.
         UnsupportedError: "blocks" of a module without repeated ones.
     """
-    if compile is True or compile is False:
+    if compile in (True, False):
         return
     if compile != "blocks":
         raise OptionError(f'compile must be True, False or "blocks", not {compile!r}.')
@@ -116,9 +116,9 @@ def compile_attached(module: nn.Module, options: BackendOptions, compile: bool |
         # All heads keep the budget then, so longer block lists would only take memory.
         leave_no_room(module)
         options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, budgets="uniform"))
-    lists = repeated_lists(module) if compile == "blocks" else ()
+    lists, chosen = repeated_lists(module) if compile == "blocks" else (), _compile_options(options)
     for part in [block for name in lists for block in module.get_submodule(name[:-1]).children()] or [module]:
-        part.compile(backend=quantsparse_attached, options=_compile_options(options))
+        part.compile(backend=quantsparse_attached, options=chosen)
     _COMPILED.add(module)
 
 
@@ -135,7 +135,6 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     lists = repeated_lists(model)
     planned: dict[str, Recipe] = {}
     linears: dict[str, nn.Linear] = {}
-    first: dict[nn.Linear, str] = {}
     kept: set[nn.Linear] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear:
@@ -147,15 +146,17 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
             continue
         elif why_not(module.weight, own) is None:
             planned[name], linears[name] = own, module
+    planned = {name: own for name, own in planned.items() if linears[name] not in kept}
+    first: dict[nn.Linear, str] = {}
     for name, own in planned.items():
         other = first.setdefault(linears[name], name)
         formats = [(r.format, r.group_size) for r in (planned[other], own)]
-        if linears[name] not in kept and formats[0] != formats[1]:
+        if formats[0] != formats[1]:
             raise RecipeError(
                 f"'{other}' and '{name}' are one layer, but the recipe packs them as {formats[0]} and {formats[1]}; "
                 f'say the same of both, or leave it as it is: overrides={{"{name}": {{"format": "off"}}}}.'
             )
-    return {name: own for name, own in planned.items() if linears[name] not in kept}
+    return planned
 
 
 def repeated_lists(model: nn.Module) -> tuple[str, ...]:
