@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from attention import BLOCK
-from linear_variants import elapsed_ms, keep, rates
+from linear_variants import in_turns, keep, parsed
 from torch.nn.functional import cosine_similarity
 
 from qs_compiler.lowering import device as qs
@@ -244,40 +243,21 @@ class Case:
 def measure(name: str, rounds: int, device: str) -> list[dict]:
     """A row a variant."""
     *about, choices = CASES[name]
-    case, first, rows = Case(*about, device), None, {}
-    for words, variant in choices.items():
-        case.o.fill_(float("nan"))
-        row = {"name": words, "case": name}
-        try:
-            compiled = case.run(variant)
-        except Exception as error:  # one more row of a table: the others are still worth having
-            print(json.dumps({**row, "failed": f"{type(error).__name__}: {error}"[:200]}), flush=True)
-            continue
-        first = case.o.clone() if first is None else first
-        row |= {"cosine": round(case.cosine(), 6), "unlike": 0.0}
-        if compiled is not None and device == "cuda":
-            row |= {"registers": compiled.n_regs, "spilled": compiled.n_spills, "shared": compiled.metadata.shared}
-        rows[words] = {**row, "times": []}
-    for _ in range(rounds):
-        for words, row in rows.items():
-            case.o.fill_(float("nan"))
-            row["times"].append(elapsed_ms(lambda words=words: case.run(choices[words])))
-            row["unlike"] = max(row["unlike"], float((case.o - first).abs().nan_to_num(float("inf")).max()))
-    for row in rows.values():
-        row |= rates(row.pop("times"), case.flop)
-        print(json.dumps(row), flush=True)
-    return list(rows.values())
+    case = Case(*about, device)
+
+    def compare(words: str, row: dict, first: torch.Tensor) -> None:
+        if "cosine" not in row:
+            row |= {"cosine": round(case.cosine(), 6), "unlike": 0.0}
+        row["unlike"] = max(row["unlike"], float((case.o - first).abs().nan_to_num(float("inf")).max()))
+
+    rows = {words: {"name": words, "case": name} for words in choices}
+    return in_turns(rows, lambda words: case.run(choices[words]), case.o, compare, case.flop, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[c for c in CASES if not c.startswith("small")])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    if args.device == "cuda":
-        triton.set_allocator(lambda size, *_: torch.empty(size, device="cuda", dtype=torch.int8))
+    args = parsed(parser, RESULTS)
     rows = [row for name in args.cases for row in measure(name, args.rounds, args.device)]
     keep(rows, args.device, args.output)
 

@@ -22,13 +22,16 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from linear import elapsed_ms
 
 from qs_compiler.lowering import device as qs
 
@@ -145,7 +148,7 @@ class Case:
         self.out = torch.empty_like(self.residual)
 
     def run(self, variant: Variant, after: int):
-        """Launch it; poisoned results first would be timed, so `measure` does that where it compares."""
+        """Launch it."""
         processors = 4 if self.device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
         options = dataclasses.asdict(variant)
         warps, programs = options.pop("warps"), options.pop("programs") * processors
@@ -155,58 +158,72 @@ class Case:
         return kernel[(programs,)](*tensors, *sizes, **constants, num_warps=warps, num_stages=3)
 
 
-def elapsed_ms(function) -> float:
-    """Of one run."""
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        function()
-        return 1e3 * (time.perf_counter() - start)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop)
-
-
 def measure(shape: str, form: str, after: str, names: list[str], rounds: int, device: str) -> list[dict]:
     """A row a variant: the median over rounds, and the elements that differ from those of the first variant."""
     case, index = Case(shape, form, device), AFTER.index(after)
-    rows: dict[str, dict] = {}
-    wanted = None
-    for name in names:
-        row = {"name": name, "shape": shape, "format": form, "after": after}
-        case.out.fill_(float("nan"))
+
+    def compare(name: str, row: dict, first: torch.Tensor) -> None:
+        row.setdefault("unlike", 0)
+        if VARIANTS[name].SCALED:
+            unlike = (case.out != first).nonzero()
+            row["unlike"] += len(unlike)
+            if len(unlike):
+                row.setdefault("where", unlike[:8].tolist())
+
+    rows = {name: {"name": name, "shape": shape, "format": form, "after": after} for name in names}
+    flop = 2 * case.m * case.n * case.k
+    return in_turns(rows, lambda name: case.run(VARIANTS[name], index), case.out, compare, flop, rounds)
+
+
+def in_turns(
+    rows: dict[str, dict],
+    run: Callable[[str], Any],
+    out: torch.Tensor,
+    compare: Callable[[str, dict, torch.Tensor], None],
+    flop: int,
+    rounds: int,
+) -> list[dict]:
+    """Complete and print the rows of the variants that run: each once, then each again.
+
+    Args:
+        rows: name of a variant -> what is known of it.
+        run: launches one; it writes `out`, which is poisoned before.
+        compare: told of each timed run: the name, its row, the result of the first variant.
+    """
+    first, times = None, {}
+    for name, row in rows.items():
+        out.fill_(float("nan"))
         try:
-            compiled = case.run(VARIANTS[name], index)
+            compiled = run(name)
         except Exception as error:  # one more row of a table: the others are still worth having
             print(json.dumps({**row, "failed": f"{type(error).__name__}: {error}"[:200]}), flush=True)
             continue
-        wanted = case.out.clone() if wanted is None else wanted
-        if compiled is not None and device == "cuda":
+        first, times[name] = out.clone() if first is None else first, []
+        if compiled is not None and out.is_cuda:
             row |= {"registers": compiled.n_regs, "spilled": compiled.n_spills, "shared": compiled.metadata.shared}
-        rows[name] = {**row, "times": [], "unlike": 0}
     for _ in range(rounds):
-        for name, row in rows.items():
-            case.out.fill_(float("nan"))
-            row["times"].append(elapsed_ms(lambda name=name: case.run(VARIANTS[name], index)))
-            if VARIANTS[name].SCALED:
-                unlike = (case.out != wanted).nonzero()
-                row["unlike"] += len(unlike)
-                if len(unlike) and "where" not in row:
-                    row["where"] = unlike[:8].tolist()
-    for row in rows.values():
-        row |= rates(row.pop("times"), 2 * case.m * case.n * case.k)
-        print(json.dumps(row), flush=True)
-    return list(rows.values())
+        for name, taken in times.items():
+            out.fill_(float("nan"))
+            taken.append(elapsed_ms(partial(run, name)))
+            compare(name, rows[name], first)
+    for name, taken in times.items():
+        taken.sort()
+        middle = taken[len(taken) // 2]
+        found = {"ms": middle, "from": taken[0], "to": taken[-1]}
+        rows[name] |= {**{key: round(value, 3) for key, value in found.items()}, "tflops": round(flop / middle / 1e9)}
+        print(json.dumps(rows[name]), flush=True)
+    return [rows[name] for name in times]
 
 
-def rates(times: list[float], flop: int) -> dict[str, float]:
-    """Median, least and most of times in ms, and TFLOPS."""
-    times = sorted(times)
-    middle = times[len(times) // 2]
-    found = {"ms": middle, "from": times[0], "to": times[-1]}
-    return {**{name: round(value, 3) for name, value in found.items()}, "tflops": round(flop / middle / 1e9)}
+def parsed(parser: argparse.ArgumentParser, output: Path) -> argparse.Namespace:
+    """The arguments, with those that both scripts of variants have; Triton's descriptors get their memory."""
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path, default=output)
+    args = parser.parse_args()
+    if args.device == "cuda":
+        triton.set_allocator(lambda size, *_: torch.empty(size, device="cuda", dtype=torch.int8))
+    return args
 
 
 def keep(rows: list[dict], device: str, output: Path) -> None:
@@ -226,12 +243,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=CODES, default=list(CODES))
     parser.add_argument("--after", nargs="+", choices=AFTER, default=list(AFTER))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    if args.device == "cuda":
-        triton.set_allocator(lambda size, *_: torch.empty(size, device="cuda", dtype=torch.int8))
+    args = parsed(parser, RESULTS)
     rows = []
     for shape in args.shapes:
         for form in args.formats:

@@ -92,15 +92,9 @@ def all_rows() -> dict[str, Row]:
             rows.append(_sparse("w4a8", percent, kind, "large"))
     for percent in (25, 15):
         for form in ("off", "w4a8"):
-            for attention in ("int8-fp8", "int8"):
-                row = _sparse(form, percent, "mixture-0.25", "small")
-                recipe = dataclasses.replace(row.recipe, attention=attention)
-                rows.append(dataclasses.replace(row, name=f"{row.name}/{attention}", recipe=recipe))
+            rows += [_varied(form, percent, attention, attention=attention) for attention in ("int8-fp8", "int8")]
     for percent in (25, 15):
-        for name, fields in MASKS.items():
-            row = _sparse("off", percent, "mixture-0.25", "small")
-            recipe = dataclasses.replace(row.recipe, **fields)
-            rows.append(dataclasses.replace(row, name=f"{row.name}/{name}", recipe=recipe))
+        rows += [_varied("off", percent, name, **fields) for name, fields in MASKS.items()]
     for name in ("w4a8", "w4a4", "w8a8"):
         rows.append(Row(f"{name}/default/compiled", Recipe.parse(name), STAGES["default"], compiled=True))
     for form in ("off", "w4a8"):
@@ -116,3 +110,9 @@ def _sparse(form: str, percent: int, kind: str, grid: str) -> Row:
     prefix = "large/" if grid == "large" else ""
     name = f"{prefix}{form}-d{percent}/{kind}"
     return Row(name, recipe, calibration, grid, compiled=True, fitted=kind in ("mixture", "by_head"))
+
+
+def _varied(form: str, percent: int, name: str, **fields: Any) -> Row:
+    """The mixture with the default gain and other fields of the recipe."""
+    row = _sparse(form, percent, "mixture-0.25", "small")
+    return dataclasses.replace(row, name=f"{row.name}/{name}", recipe=dataclasses.replace(row.recipe, **fields))
