@@ -8,8 +8,10 @@ four query blocks, and in every round with the first variant, the largest differ
     half exponentials        ex2.approx.f16x2: two exponentials an instruction
     polynomial 1/2, 1/4      exponentials of that part of the columns on the FMA units (Cody-Waite, cubic)
     128 registers            so that a fourth program fits on a multiprocessor
-    specialised              warp_specialize=True: 4 warps load, two groups of 4 attend for 64 queries each; row numbers
-                             are loaded, see linear_variants.py. Triton 3.6 compiles it for 16-bit operands alone
+    specialised              warp_specialize=True: 4 warps load, two groups of 4 attend for 64 queries each. Triton 3.6
+                             compiles it for 16-bit operands alone
+    specialised, masked      and every block is masked, the last alone could be short: Triton specialises one loop of
+                             a kernel, so that it has none of its own
 
     python benchmarks/attention_variants.py
 """
@@ -44,6 +46,7 @@ class Variant:
     SUMS: bool = False
     EXPONENTIALS: int = 0  # 0 float32, 1 half, 2 and 3 a half and a quarter of them by a polynomial
     SPECIALIZED: bool = False
+    MASKED: bool = False
     registers: int | None = None
 
 
@@ -68,8 +71,9 @@ BF16 = {
     "as it is": Variant(128, 64, 2, 4),
     "sums by tensor core": Variant(128, 64, 2, 4, SUMS=True),
     "8 warps": Variant(128, 128, 2, 8),
+    "specialised": Variant(128, 128, 2, 4, SPECIALIZED=True),
+    "specialised, masked": Variant(128, 128, 2, 4, SPECIALIZED=True, MASKED=True),
     "specialised, 64 keys": Variant(128, 64, 3, 4, SPECIALIZED=True),
-    "specialised, 128 keys": Variant(128, 128, 2, 4, SPECIALIZED=True),
 }
 CASES = {  # operands, tokens, heads, head width, density, variants
     "hunyuan int8-fp8": ("int8-fp8", 119_056, 24, 128, 0.15, variants(64, 128, 2, 4)),
@@ -109,9 +113,9 @@ def exp2_mixed(x, ROWS: tl.constexpr, COLS: tl.constexpr, HALVINGS: tl.constexpr
 
 @triton.jit
 def kernel(
-    Q, K, V, OUT, NUMBERS, LIST, QS, KS, VS, S, T16, SCALE: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr,
+    Q, K, V, OUT, LIST, QS, KS, VS, S, T16, SCALE: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, INT8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    SUMS: tl.constexpr, EXPONENTIALS: tl.constexpr, SPECIALIZED: tl.constexpr,
+    SUMS: tl.constexpr, EXPONENTIALS: tl.constexpr, SPECIALIZED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries over the COUNT whole blocks of its row of LIST. INT8: and float8 values, packed."""
     STEPS: tl.constexpr = BLOCK // BLOCK_N
@@ -126,11 +130,10 @@ def kernel(
         v = qs.operand((V + h * D * T16).to(tl.pointer_type(tl.float8e4nv)), D, T16, T16, D, BLOCK_N, True)
     else:
         v = qs.operand(V + h * S * D, S, D, D, BLOCK_N, D, True)
+    first_row = start
     if SPECIALIZED:
-        numbers = tl.make_tensor_descriptor(
-            NUMBERS, shape=[tl.cdiv(S, BLOCK_M) * BLOCK_M], strides=[1], block_shape=[BLOCK_M]
-        )
-    queries = qs.load_tile(q, start, 0, S, D, D, BLOCK_M, D, True)
+        first_row = (qs.retire_barriers(tl.program_id(0), STAGES).to(tl.int64) * BLOCK_M).to(tl.int32)
+    queries = qs.load_tile(q, first_row, 0, S, D, D, BLOCK_M, D, True)
     factor = qs.query_factor(QS + h * S, start, S, SCALE, 2 if INT8 else 0, BLOCK, BLOCK_M)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     m = tl.full([BLOCK_M], qs.NOTHING, tl.float32)
@@ -148,6 +151,9 @@ def kernel(
             f = tl.minimum(tl.maximum(f * tl.load(KS + h * tl.cdiv(S, BLOCK) + block), qs.TINY), qs.LARGEST_FACTOR)
         else:
             scores = tl.dot(queries, keys.T)
+        if MASKED:
+            left = tl.where(i < (COUNT - 1) * STEPS, BLOCK, S) - i % STEPS * BLOCK_N
+            scores = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], scores, float("-inf"))
         m_new = tl.maximum(m, (tl.max(scores, 1) - LEFT) * f - SHIFT)
         reference = f * LEFT + m_new
         if INT8:
@@ -178,7 +184,7 @@ def kernel(
             values = qs.load_tile(v, key, 0, S, D, D, BLOCK_N, D, True)
             acc = tl.dot(weights, values, acc * shrink[:, None])
     o = acc / (tl.max(total, 1) if SUMS else total)[:, None]
-    rows = numbers.load([start]) if SPECIALIZED else start + tl.arange(0, BLOCK_M)
+    rows = start + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, D)
     if INT8:
         o = o * tl.load(VS + h * D + cols)[None, :]
@@ -198,7 +204,6 @@ class Case:
         self.kept = max(1, round(density * whole))
         lists = [torch.rand(self.blocks, whole, device=device).topk(self.kept, 1)[1].sort(1)[0] for _ in range(heads)]
         self.lists = torch.stack(lists).to(torch.int16)
-        self.numbers = torch.arange(self.blocks * BLOCK, device=device, dtype=torch.int32)
         self.o, self.operands, self.scales = torch.empty_like(q), self.given, (torch.ones(1, device=device),) * 3
         if form == "int8-fp8":
             k = k.float() - k.float().mean(1, keepdim=True)
@@ -223,7 +228,7 @@ class Case:
         limit = {} if registers is None else {"maxnreg": registers}
         grid = -(-self.tokens // variant.BLOCK_M), self.heads
         return kernel[grid](
-            *self.operands, self.o, self.numbers, self.lists, *self.scales, self.tokens, self.operands[2].shape[-1],
+            *self.operands, self.o, self.lists, *self.scales, self.tokens, self.operands[2].shape[-1],
             **constants, **options, INT8=self.form == "int8-fp8", num_warps=warps, num_stages=variant.STAGES, **limit,
         )  # fmt: skip
 

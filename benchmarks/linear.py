@@ -179,7 +179,7 @@ class Table:
     def add(
         self, name: str, function: Callable, *args: object, flop: int = 0, nbytes: int = 0, check=None, choices=None
     ) -> None:
-        """`flop` and `nbytes` give the rates; `check` compares the result and gives its error.
+        """`flop` and `nbytes` give the rates; `check` compares the result and gives more of the row.
 
         choices: entries of lowering/linear_choices.py under which it is compiled.
         """
@@ -192,7 +192,7 @@ class Table:
             if fallbacks:
                 row["fallbacks"] = fallbacks
             if check is not None:
-                row["error"] = check(y)
+                row |= check(y)
             self.work.append((row, partial(function, *args), flop, nbytes))
         except Exception as error:  # one more row of a table: the others are still worth having
             row["failed"] = f"{type(error).__name__}: {error}"[:300]
@@ -220,12 +220,30 @@ class Table:
             print(json.dumps(row), flush=True)
 
 
-def error_against(xq, xs, wq, ws, bias, then: Callable = lambda y, rows: y) -> Callable[[torch.Tensor], float]:
-    """Relative error of 64 rows against float64 products of the codes, norm over norm."""
+def compare_with(xq, xs, wq, ws, bias, then: Callable = lambda y, rows: y) -> Callable[[torch.Tensor], dict]:
+    """What a result differs by.
+
+    error: of 64 rows against float64 products of the codes, norm over norm. off: how many of all elements differ from
+    a float32 product of the codes, which bfloat16 holds exactly, by more than 0.01 of their own and of the mean size.
+    """
     rows = torch.randint(len(xq), (64,), device=DEVICE)
     wanted = xq[rows].double() @ wq.double().T * xs[rows, None].double() * ws.double() + bias.double()
     wanted = then(wanted, rows)
-    return lambda y: float((y[rows].double() - wanted).norm() / wanted.norm())
+
+    def check(y: torch.Tensor) -> dict:
+        off = 0
+        for first in range(0, len(xq), 8192):
+            part = torch.arange(first, min(first + 8192, len(xq)), device=DEVICE)
+            if DEVICE == "cuda":
+                sums = torch.mm(xq[part].to(bf16), wq.to(bf16).T, out_dtype=torch.float32)
+            else:
+                sums = xq[part].float() @ wq.float().T
+            exact = then((sums * xs[part, None] * ws + bias).to(bf16), part).float()
+            limit = 0.01 * (exact.abs() + exact.norm() / exact.numel() ** 0.5)
+            off += int((~((y[part].float() - exact).abs() <= limit)).sum())
+        return {"error": float((y[rows].double() - wanted).norm() / wanted.norm()), "off": off}
+
+    return check
 
 
 def prepare(table: Table, shape: str) -> None:
@@ -245,7 +263,7 @@ def prepare(table: Table, shape: str) -> None:
         quantiser = fuse(quantise)
         wq, ws = quantsparse.quantize_rows(weight, None, None, form)
         xq, xs = quantiser(x, form)
-        check = error_against(xq, xs, wq, ws, bias)
+        check = compare_with(xq, xs, wq, ws, bias)
         if form == "fp8":
             one = torch.ones((), device=DEVICE)
             for fast in (False, True):
@@ -266,11 +284,11 @@ def prepare(table: Table, shape: str) -> None:
             name = f"ours {form}, q, k and v apart, bias"
             table.add(name, fuse(three_products), xq, xs, *thirds, flop=flop, choices=ALL_TEMPLATE)
         if shape.endswith("-up"):
-            check = error_against(xq, xs, wq, ws, bias, lambda y, rows: gelu(y, approximate="tanh"))
+            check = compare_with(xq, xs, wq, ws, bias, lambda y, rows: gelu(y, approximate="tanh"))
             table.add(f"ours {form}, bias, GELU", fuse(product_gelu), xq, xs, wq, ws, bias, flop=flop, check=check)
         if shape.endswith(("-out", "-down")):
             r = torch.randn(m, n, device=DEVICE, dtype=bf16)
-            check = error_against(xq, xs, wq, ws, bias, lambda y, rows, r=r: r[rows].double() + gate.double() * y)
+            check = compare_with(xq, xs, wq, ws, bias, lambda y, rows, r=r: r[rows].double() + gate.double() * y)
             table.add(
                 f"ours {form}, bias, gate, residual", fuse(product_gate), xq, xs, wq, ws, bias, gate, r,
                 flop=flop, check=check,

@@ -9,9 +9,11 @@ every element of every variant must be that of the first one; the row says how m
     TMA store            halves stored through a descriptor
     two programs         128 x 128, 4 warps, two on a multiprocessor
     unscaled             neither scales nor bias: what their loads cost (its sums are not those of the others)
-    specialised          warp_specialize=True: 4 warps load, two groups of 4 multiply 64 rows each. Triton 3.6 lets both
-                         groups count rows from 0 where they come of tl.arange, so that row numbers are loaded
-    specialised, arange  the same with tl.arange: wrong from row 64 of each tile on
+    specialised          warp_specialize=True: 4 warps load, two groups of 4 multiply 64 rows each
+    ..., one row value   the descriptor's coordinate and the row numbers come of one value: Triton 3.6 adds the second
+                         group's 64 rows to both, so that its rows are 64 too far down
+    ..., barriers left   unused barriers stay under the operands' memory (lowering/device.py's retire_barriers): wrong
+                         elements when another process uses the device too, so run two of this script
 
     python benchmarks/linear_variants.py
 """
@@ -57,7 +59,8 @@ class Variant:
     TMA_STORE: bool = False
     SCALED: bool = True
     SPECIALIZED: bool = False
-    LOADED_ROWS: bool = False
+    OWN_COORDINATE: bool = True
+    RETIRED: bool = True
     warps: int = 8
     programs: int = 1
 
@@ -69,9 +72,11 @@ VARIANTS = {
     "TMA store": Variant(TMA_STORE=True),
     "two programs": Variant(BLOCK_N=128, FLATTEN=False, TMA_STORE=True, warps=4, programs=2),
     "unscaled": Variant(SCALED=False),
-    "specialised": Variant(**ALONE, LOADED_ROWS=True),
-    "specialised, arange": Variant(**ALONE),
-    "specialised, unscaled, TMA store": Variant(**ALONE, SCALED=False, TMA_STORE=True),
+    "specialised": Variant(**ALONE),
+    "specialised, TMA store": Variant(**ALONE, TMA_STORE=True),
+    "specialised, unscaled": Variant(**ALONE, SCALED=False),
+    "specialised, one row value": Variant(**ALONE, OWN_COORDINATE=False),
+    "specialised, barriers left": Variant(**ALONE, RETIRED=False),
 }
 
 
@@ -85,12 +90,12 @@ def tanh_gelu(x):
 
 @triton.jit
 def kernel(
-    A, B, OUT, NUMBERS, XS, WS, BIAS, RESIDUAL, GATE, M, N, K,
+    A, B, OUT, XS, WS, BIAS, RESIDUAL, GATE, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, FLATTEN: tl.constexpr, TMA_STORE: tl.constexpr,
-    SCALED: tl.constexpr, SPECIALIZED: tl.constexpr, LOADED_ROWS: tl.constexpr, AFTER: tl.constexpr, INT8: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    SCALED: tl.constexpr, SPECIALIZED: tl.constexpr, OWN_COORDINATE: tl.constexpr, RETIRED: tl.constexpr,
+    AFTER: tl.constexpr, INT8: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """One product with its epilogue; NUMBERS are 0, 1, 2, ... int32, up to M rounded up to whole tiles."""
+    """One product with its epilogue."""
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     a = qs.operand(A, M, K, K, BLOCK_M, 128, True)
     b = qs.operand(B, N, K, K, BLOCK_N, 128, True)
@@ -98,19 +103,17 @@ def kernel(
         out = qs.operand(OUT, M, N, N, BLOCK_M, WIDTH, True)
     row_tiles = tl.cdiv(M, BLOCK_M)
     col_tiles = tl.cdiv(N, BLOCK_N)
-    if LOADED_ROWS:
-        numbers = tl.make_tensor_descriptor(NUMBERS, shape=[row_tiles * BLOCK_M], strides=[1], block_shape=[BLOCK_M])
-    for tile in tl.range(
-        tl.program_id(0), row_tiles * col_tiles, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZED
-    ):
+    first = qs.retire_barriers(tl.program_id(0), 3) if SPECIALIZED and RETIRED else tl.program_id(0)
+    for tile in tl.range(first, row_tiles * col_tiles, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZED):
         tile_m, tile_n = qs.tile_of(tile, row_tiles, col_tiles, 8)
         row = tile_m * BLOCK_M
-        acc = qs.code_product(a, b, row, tile_n * BLOCK_N, M, N, K, K, K, BLOCK_M, BLOCK_N, 128, INT8, True, 3)
+        coordinate = (tile_m.to(tl.int64) * BLOCK_M).to(tl.int32) if OWN_COORDINATE else row
+        acc = qs.code_product(a, b, coordinate, tile_n * BLOCK_N, M, N, K, K, K, BLOCK_M, BLOCK_N, 128, INT8, True, 3)
         parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, WIDTH)), (0, 2, 1))) if PARTS == 2 else (acc,)
         for part in tl.static_range(PARTS):
             col = tile_n * BLOCK_N + part * WIDTH
             cols = col + tl.arange(0, WIDTH)
-            rows = numbers.load([row]) if LOADED_ROWS else row + tl.arange(0, BLOCK_M)
+            rows = row + tl.arange(0, BLOCK_M)
             inside = (rows < M)[:, None] & (cols < N)[None, :]
             y = parts[part].to(tl.float32)
             if SCALED:
@@ -140,7 +143,6 @@ class Case:
         a, b = (torch.randn(rows, self.k, device=device) * 40 for rows in (self.m, self.n))
         self.a, self.b = (x.round().clamp(-127, 127).to(CODES[form]) for x in (a, b))
         del a, b
-        self.numbers = torch.arange(-(-self.m // 128) * 128, device=device, dtype=torch.int32)
         self.xs, self.ws = (torch.rand(rows, device=device) + 0.5 for rows in (self.m, self.n))
         self.xs /= 1600 * self.k**0.5
         self.bias, self.gate = torch.randn(2, self.n, device=device, dtype=torch.bfloat16)
@@ -152,7 +154,7 @@ class Case:
         processors = 4 if self.device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
         options = dataclasses.asdict(variant)
         warps, programs = options.pop("warps"), options.pop("programs") * processors
-        tensors = self.a, self.b, self.out, self.numbers, self.xs, self.ws, self.bias, self.residual, self.gate
+        tensors = self.a, self.b, self.out, self.xs, self.ws, self.bias, self.residual, self.gate
         sizes = self.m, self.n, self.k
         constants = {**options, "AFTER": after, "INT8": self.int8, "PROGRAMS": programs}
         return kernel[(programs,)](*tensors, *sizes, **constants, num_warps=warps, num_stages=3)

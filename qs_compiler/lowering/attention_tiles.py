@@ -6,7 +6,7 @@ import sympy
 import torch
 
 from .._compat import can_use_tma, cpp_wrapper_active, ir, static_size
-from .device_support import shared_memory, why_no_dtype, why_no_template
+from .device_support import shared_memory, specializes_warps, why_no_dtype, why_no_template
 from .template_source import triton_dtype
 
 fp8 = torch.float8_e4m3fn
@@ -14,7 +14,7 @@ LARGEST_HEAD = 256
 MASS_ROWS = 16  # device.py's
 
 
-def why_not(q, v, scale: float, block_size: int) -> str | None:
+def why_not(q, k, v, scale: float, block_size: int) -> str | None:
     """Why the template cannot run, or None."""
     device = q.get_device()
     if (reason := why_no_template(device)) is not None:
@@ -28,7 +28,7 @@ def why_not(q, v, scale: float, block_size: int) -> str | None:
         return f"block_size {block_size} is not a multiple of 16, the least tile of a tensor core"
     if static_size(q.get_size()[3]) > LARGEST_HEAD:
         return f"head width {q.get_size()[3]} is above {LARGEST_HEAD}, a tile would not fit into registers"
-    if not tile_configs(q, v, block_size):
+    if not tile_configs(q, k, v, block_size):
         return f"no tile of head width {q.get_size()[3]} fits into the shared memory"
     return None
 
@@ -50,7 +50,7 @@ def template_constants(q, k, v, q_scale, k_scale, v_scale, kv_len, scale, block_
         "WEIGHT": triton_dtype(weight),
         "PACKED": v.get_dtype() == torch.uint8,
         "OUT": triton_dtype(dtype),
-        "TMA": can_use_tma(q, k, v) and not cpp_wrapper_active(),
+        "TMA": uses_tma(q, k, v),
     }
 
 
@@ -82,13 +82,41 @@ def padded_head(q) -> int:
     return max(32, 1 << (static_size(q.get_size()[3]) - 1).bit_length())
 
 
-def tile_configs(q, v, block_size: int, plain: bool = False) -> list[dict]:
+def tile(m: int, n: int, stages: int, warps: int, specialized: bool = False) -> dict:
+    """As the templates take it."""
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "STAGES": stages, "num_stages": stages, "num_warps": warps}
+    return {**sizes, "SPECIALIZED": specialized}
+
+
+SPECIALIZED = tile(128, 128, 2, 4, specialized=True)  # 4 warps load, two groups of 4 attend for 64 queries each
+
+
+def specialized_tile_serves(q, k, v, block_size: int) -> bool:
+    """Whether SPECIALIZED is right and fast: 16-bit operands in whole tiles, read by TMA."""
+    return (
+        q.get_dtype() == v.get_dtype()
+        and q.get_dtype().itemsize == 2
+        and padded_head(q) == 128  # with heads of 64 it is slower
+        and block_size % 128 == 0
+        and uses_tma(q, k, v)
+        and specializes_warps(q.get_device())
+    )
+
+
+def uses_tma(q, k, v) -> bool:
+    """Whether the templates read tiles through descriptors."""
+    return can_use_tma(q, k, v) and not cpp_wrapper_active()
+
+
+def tile_configs(q, k, v, block_size: int, plain: bool = False) -> list[dict]:
     """Tiles that divide the block and fit into shared memory, the preferred one first.
 
     plain: the kernel keeps nothing but the state of one online softmax in registers.
     """
     head, largest = padded_head(q), block_size & -block_size
     found = []
+    if plain and specialized_tile_serves(q, k, v, block_size):
+        found.append(SPECIALIZED)
     smaller = (64, 64, 2, 4), (64, 32, 2, 4), (32, 32, 2, 4), (16, 16, 1, 1)
     for m, n, stages, warps in (*preferred_tiles(q, v, plain), *smaller):
         if m <= 32:
@@ -99,7 +127,7 @@ def tile_configs(q, v, block_size: int, plain: bool = False) -> list[dict]:
         operands = q.get_dtype().itemsize, v.get_dtype().itemsize
         bytes_needed = head * (m * operands[0] + stages * n * sum(operands))
         if bytes_needed < shared_memory(q.get_device()):
-            found.append({"BLOCK_M": m, "BLOCK_N": n, "STAGES": stages, "num_stages": stages, "num_warps": warps})
+            found.append(tile(m, n, stages, warps))
     return found
 
 

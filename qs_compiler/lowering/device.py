@@ -43,6 +43,36 @@ def load_tile(x, row, col, rows, cols, stride, ROWS: tl.constexpr, COLS: tl.cons
         return tl.load(x + r[:, None].to(tl.int64) * stride + c[None, :], mask=inside, other=0.0)
 
 
+# ---- specialised warps ----
+
+
+@triton.jit
+def retire_barriers(x, STAGES: tl.constexpr):
+    """Invalidate the barriers that a kernel with specialised warps initialises and never uses; returns the int32 `x`.
+
+    Triton 3.6 leaves STAGES of them at the start of the shared memory, under the buffer that the loads of the loop
+    fill. Memory of a barrier that is used again without mbarrier.inval may still be written as a barrier: seen when a
+    kernel made another barrier later, and when two processes shared a device. Called before anything is loaded, with a
+    value that the loads depend on, so that the warps that load run it; their thread 0 has initialised the barriers.
+    """
+    for i in tl.static_range(STAGES):
+        x = tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .u32 thread, barrier;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            mov.u32 barrier, global_smem;
+            add.u32 barrier, barrier, $2;
+            @first mbarrier.inval.shared::cta.b64 [barrier];
+            fence.proxy.async.shared::cta;
+            mov.u32 $0, $1;
+            }""",
+            "=r,r,r", [x, 8 * i], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return x
+
+
 # ---- matrix product of codes ----
 
 
@@ -159,6 +189,16 @@ def whole_blocks(LIST, count, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def entry(LIST, i, SPECIALIZED: tl.constexpr):
+    """Number i of a row of block numbers, int32."""
+    block = tl.load(LIST + i).to(tl.int32)
+    if SPECIALIZED:
+        return tl.maximum(block, 0)  # Triton 3.6 hands no loaded scalar from warps to warps, but what is computed of it
+    else:
+        return block
+
+
+@triton.jit
 def attend_blocks(
     q,
     k,
@@ -190,6 +230,7 @@ def attend_blocks(
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    SPECIALIZED: tl.constexpr = False,
 ):
     """Go on with an online softmax of one tile of queries, over entries first .. last of LIST, numbers of key blocks.
 
@@ -211,10 +252,11 @@ def attend_blocks(
     groups = tl.arange(0, BLOCK_M // MASS_ROWS)
     mass = tl.zeros([BLOCK_M // MASS_ROWS], tl.float32)
     # The list is read one entry ahead: a load inside the pipeline would cost it a stage.
-    following = tl.load(LIST + tl.minimum(first, tl.maximum(last - 1, 0))).to(tl.int32)
-    for i in tl.range(first * STEPS, last * STEPS, num_stages=STAGES):
+    following = entry(LIST, tl.minimum(first, tl.maximum(last - 1, 0)), SPECIALIZED)
+    tail = length - entry(LIST, tl.maximum(last - 1, 0), SPECIALIZED) * BLOCK if SPECIALIZED and MASKED else 0
+    for i in tl.range(first * STEPS, last * STEPS, num_stages=STAGES, warp_specialize=SPECIALIZED):
         block = following
-        following = tl.load(LIST + tl.minimum((i + 1) // STEPS, last - 1)).to(tl.int32)
+        following = entry(LIST, tl.minimum((i + 1) // STEPS, last - 1), SPECIALIZED)
         key = block * BLOCK + (i % STEPS) * BLOCK_N
         keys = load_tile(k, key, 0, length, depth, k_stride, BLOCK_N, HEAD, TMA)
         if INT8:
@@ -230,7 +272,11 @@ def attend_blocks(
         if K_SCALES == 2:
             scores = (scores - ZERO) * tl.load(KS + columns, mask=columns < length, other=0.0)[None, :]
         if MASKED:
-            scores = tl.where((columns < length)[None, :], scores, float("-inf"))
+            if SPECIALIZED:  # only the last block is short; the number of this one is with the warps that load
+                left = tl.where(i < (last - 1) * STEPS, BLOCK, tail) - (i % STEPS) * BLOCK_N
+                scores = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], scores, float("-inf"))
+            else:
+                scores = tl.where((columns < length)[None, :], scores, float("-inf"))
         f = tl.maximum(f, TINY)  # scales of 0 would make NaN of what is masked
         if LEFT > 0:
             f = tl.minimum(f, LARGEST_FACTOR)  # a unit of the integer sum decides the softmax from far less on

@@ -39,6 +39,17 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def specializes_warps(device: torch.device) -> bool:
+    """Whether kernels may ask for warps that only load (tl.range's warp_specialize).
+
+    Where all elements of their results were compared (benchmarks/linear_variants.py, tests/gpu): what Triton makes of
+    it differs by version, and its mistakes are wrong numbers, not errors. docs/linear.md names those of 3.6.
+    """
+    import triton
+
+    return torch.cuda.get_device_capability(device) == (9, 0) and triton.__version__.startswith("3.6.")
+
+
 def call_reference(op, reason: str, *args):
     """Call `op` eagerly from the compiled code and report it."""
     record(op.name().removeprefix("quantsparse::"), reason)

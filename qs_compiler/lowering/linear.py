@@ -31,8 +31,8 @@ from .._compat import (
 )
 from ..ops.linear import EXACT_DEPTH
 from .decode import f32
-from .device_support import call_reference, why_no_dtype, why_no_template
-from .linear_choices import SEARCH, library_is_faster, library_serves, tile_for
+from .device_support import call_reference, specializes_warps, why_no_dtype, why_no_template
+from .linear_choices import SEARCH, SPECIALIZED, library_is_faster, library_serves, tile_for
 from .template_source import read_template, triton_dtype
 
 OP = torch.ops.quantsparse.linear.default
@@ -98,7 +98,8 @@ def template_product(xq, xs, wq, ws, bias, dtype):
     # A descriptor made on the device needs memory that generated C++ does not give it in every version.
     tma = can_use_tma(nodes[0], nodes[2]) and not cpp_wrapper_active()
     layout = ir.FixedLayout(xq.get_device(), dtype, [rows, columns])
-    tiles = [tile_for(size_hint(rows), tma)]
+    specialized = tma and code == torch.int8 and dtype.itemsize == 2 and specializes_warps(xq.get_device())
+    tiles = [tile_for(size_hint(rows), tma, specialized)]
     library = []
     if (
         not cpp_wrapper_active()
@@ -107,7 +108,7 @@ def template_product(xq, xs, wq, ws, bias, dtype):
     ):
         library.append(SCALED_MM.bind(nodes, layout))
     if inductor_config.max_autotune or inductor_config.max_autotune_gemm:
-        tiles = list(SEARCH) if tma else tiles
+        tiles = [*SEARCH, *([SPECIALIZED] if specialized else [])] if tma else tiles
     elif library and library_is_faster(
         torch.cuda.get_device_capability(xq.get_device()), code, size_hint(rows), static_size(columns), depth
     ):

@@ -35,7 +35,7 @@ def lower_sparse_attention(
     )
     if q.get_device().type == "cpu":
         return extern_kernel(OP)(*arguments)
-    if (reason := why_not(q, v, scale, block_size)) is not None:
+    if (reason := why_not(q, k, v, scale, block_size)) is not None:
         return call_reference(OP, reason, *arguments)
 
     return attend(*arguments)
@@ -61,7 +61,7 @@ def attend(
     o = select_template(
         "quantsparse_sparse_attention",
         TEMPLATE,
-        tile_configs(q, v, block_size, plain=state_o is None and mass is None)[:1],
+        tile_configs(q, k, v, block_size, plain=state_o is None and mass is None)[:1],
         [q, k, v, lse, num_blocks, indices, *(x for x in optional if x is not None)],
         layout,
         mutated_inputs=[lse] if mass is None else [lse, mass],
