@@ -10,8 +10,8 @@ four query blocks, and in every round with the first variant, the largest differ
     128 registers            so that a fourth program fits on a multiprocessor
     specialised              warp_specialize=True: 4 warps load, two groups of 4 attend for 64 queries each. Triton 3.6
                              compiles it for 16-bit operands alone
-    specialised, masked      and every block is masked, the last alone could be short: Triton specialises one loop of
-                             a kernel, so that it has none of its own
+    specialised, masked      and the last block may be short: Triton specialises one loop of a kernel, so that it has
+                             none of its own, and the sums of all scores start from what masks those of its end
 
     python benchmarks/attention_variants.py
 """
@@ -139,6 +139,8 @@ def kernel(
     m = tl.full([BLOCK_M], qs.NOTHING, tl.float32)
     total = tl.zeros([BLOCK_M, 16] if SUMS else [BLOCK_M], tl.float32)
     following = tl.load(blocks).to(tl.int32)
+    if MASKED:
+        beyond = tl.where(tl.arange(0, BLOCK_N) < S - tl.load(blocks + COUNT - 1).to(tl.int32) * BLOCK, 0.0, qs.BEYOND)
     for i in tl.range(0, COUNT * STEPS, num_stages=STAGES, warp_specialize=SPECIALIZED):
         block = following
         following = tl.load(blocks + tl.minimum((i + 1) // STEPS, COUNT - 1)).to(tl.int32)
@@ -150,10 +152,11 @@ def kernel(
             scores = tl.dot(queries, keys.T, first, out_dtype=tl.int32).to(tl.float32, bitcast=True)
             f = tl.minimum(tl.maximum(f * tl.load(KS + h * tl.cdiv(S, BLOCK) + block), qs.TINY), qs.LARGEST_FACTOR)
         else:
-            scores = tl.dot(queries, keys.T)
-        if MASKED:
-            left = tl.where(i < (COUNT - 1) * STEPS, BLOCK, S) - i % STEPS * BLOCK_N
-            scores = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], scores, float("-inf"))
+            if MASKED:
+                first = tl.broadcast_to((beyond * tl.where(i == COUNT - 1, 1.0, 0.0))[None, :], (BLOCK_M, BLOCK_N))
+                scores = tl.dot(queries, keys.T, first)
+            else:
+                scores = tl.dot(queries, keys.T)
         m_new = tl.maximum(m, (tl.max(scores, 1) - LEFT) * f - SHIFT)
         reference = f * LEFT + m_new
         if INT8:

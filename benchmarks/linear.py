@@ -277,6 +277,10 @@ def prepare(table: Table, shape: str) -> None:
             table.add("_int_mm", torch._int_mm, xq, wq.T, flop=flop)
         operands = xq, xs, wq, ws, bias
         table.add(f"ours {form}, bias", fuse(product), *operands, flop=flop, check=check, choices=ALL_TEMPLATE)
+        if form == "int8":
+            alike = {"SPECIALIZED": linear_choices.TMA_TILES[-1][1]}
+            name = "ours int8, warps not specialised, bias"
+            table.add(name, fuse(product), *operands, flop=flop, check=check, choices=alike)
         if form == "fp8":
             table.add("fp8 as chosen by the table, bias", fuse(product), *operands, flop=flop, check=check)
         if shape.endswith("-qkv"):

@@ -55,6 +55,7 @@ def import_kernel(source: str, folder: Path):
 class Compiled:
     """What the offline compiler says about a kernel."""
 
+    ttgir: str  # Triton's last form before LLVM's
     ptx: str
     shared_memory: int  # bytes a program
     spilled_bytes: int  # a thread
@@ -80,7 +81,31 @@ def compile_offline(source: str, folder: Path, capability: tuple[int, int], x_bl
         target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32),
         options=options,
     )
-    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, *resources(compiled.asm["cubin"], folder))
+    return Compiled(compiled.asm["ttgir"], compiled.asm["ptx"], compiled.metadata.shared, *resources(compiled.asm["cubin"], folder))
+
+
+def check_specialized_warps(compiled: Compiled, operands: int, stages: int) -> None:
+    """What device.py's retire_barriers and linear.py.jinja say of Triton 3.6 still holds of this kernel.
+
+    operands: bytes of shared memory that its loads fill.
+    """
+    start, rest = compiled.ptx.split("barrier.sync", 1)  # barriers are made, then the groups of warps part
+    assert "mbarrier.init" not in rest
+    address, below = {}, set()
+    for line in start.splitlines():
+        if found := re.search(r"mov\.b32\s+(%r\d+), global_smem;", line):
+            address[found[1]] = 0
+        elif (found := re.search(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", line)) and found[2] in address:
+            address[found[1]] = address[found[2]] + int(found[3])
+        elif found := re.search(r"mbarrier\.init\S* \[(%r\d+)\]", line):
+            below.add(address[found[1]])
+    assert {place for place in below if place < operands} == {8 * i for i in range(stages)}  # all that are invalidated
+    loads = rest.split("cp.async.bulk.tensor", 1)[0]
+    assert loads.count("mbarrier.inval") == stages
+    # The second group's rows start at 64 by tl.arange; the 64 of its loads are not added once more.
+    second = compiled.ttgir[compiled.ttgir.index("partition1(") :]
+    assert re.search(r"make_range \{.*end = 128 : i32, start = 64 : i32", second)
+    assert re.search(r"arith\.addi %\w+, %c64_i32", second) is None
 
 
 def resources(cubin: bytes, folder: Path) -> tuple[int, int]:

@@ -92,12 +92,12 @@ SPECIALIZED = tile(128, 128, 2, 4, specialized=True)  # 4 warps load, two groups
 
 
 def specialized_tile_serves(q, k, v, block_size: int) -> bool:
-    """Whether SPECIALIZED is right and fast: 16-bit operands in whole tiles, read by TMA."""
+    """Whether SPECIALIZED is right and fast: 16-bit operands, read by TMA, at most the last block of keys short."""
     return (
         q.get_dtype() == v.get_dtype()
         and q.get_dtype().itemsize == 2
         and padded_head(q) == 128  # with heads of 64 it is slower
-        and block_size % 128 == 0
+        and block_size == 128
         and uses_tma(q, k, v)
         and specializes_warps(q.get_device())
     )
@@ -108,14 +108,14 @@ def uses_tma(q, k, v) -> bool:
     return can_use_tma(q, k, v) and not cpp_wrapper_active()
 
 
-def tile_configs(q, k, v, block_size: int, plain: bool = False) -> list[dict]:
+def tile_configs(q, k, v, block_size: int, plain: bool = False, kv_len=None) -> list[dict]:
     """Tiles that divide the block and fit into shared memory, the preferred one first.
 
     plain: the kernel keeps nothing but the state of one online softmax in registers.
     """
     head, largest = padded_head(q), block_size & -block_size
     found = []
-    if plain and specialized_tile_serves(q, k, v, block_size):
+    if plain and kv_len is None and specialized_tile_serves(q, k, v, block_size):
         found.append(SPECIALIZED)
     smaller = (64, 64, 2, 4), (64, 32, 2, 4), (32, 32, 2, 4), (16, 16, 1, 1)
     for m, n, stages, warps in (*preferred_tiles(q, v, plain), *smaller):

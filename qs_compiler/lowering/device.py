@@ -11,6 +11,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Stands for -inf as a running maximum, so that differences of empty rows are 0 and not NaN.
 NOTHING = tl.constexpr(-1.0e30)
+BEYOND = tl.constexpr(-3e38)  # what the sum of a masked key's score starts from
 TINY = tl.constexpr(1.0e-30)
 TWO_ROUNDINGS = tl.constexpr(2.0**-23)  # of a float32, relative
 LARGEST_FACTOR = tl.constexpr(16.0)  # base 2; roundings of OFFSET times it leave weights that are normal numbers
@@ -253,7 +254,10 @@ def attend_blocks(
     mass = tl.zeros([BLOCK_M // MASS_ROWS], tl.float32)
     # The list is read one entry ahead: a load inside the pipeline would cost it a stage.
     following = entry(LIST, tl.minimum(first, tl.maximum(last - 1, 0)), SPECIALIZED)
-    tail = length - entry(LIST, tl.maximum(last - 1, 0), SPECIALIZED) * BLOCK if SPECIALIZED and MASKED else 0
+    if SPECIALIZED and MASKED:
+        # Only the last block is short, and its number is with the warps that load. Sums of the others start at -0.
+        short = length - entry(LIST, tl.maximum(last - 1, 0), SPECIALIZED) * BLOCK
+        beyond = tl.where(tl.arange(0, BLOCK_N) < short, 0.0, BEYOND)
     for i in tl.range(first * STEPS, last * STEPS, num_stages=STAGES, warp_specialize=SPECIALIZED):
         block = following
         following = entry(LIST, tl.minimum((i + 1) // STEPS, last - 1), SPECIALIZED)
@@ -264,19 +268,19 @@ def attend_blocks(
             scores = tl.dot(q, keys.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
         else:
             # Sums of HEAD float8 products may lose bits, but less than the codes' own rounding did.
-            scores = tl.dot(q, keys.T, input_precision="ieee")
+            if SPECIALIZED and MASKED:
+                start = tl.broadcast_to((beyond * tl.where(i == last - 1, 1.0, 0.0))[None, :], (BLOCK_M, BLOCK_N))
+                scores = tl.dot(q, keys.T, start)
+            else:
+                scores = tl.dot(q, keys.T, input_precision="ieee")
         columns = key + tl.arange(0, BLOCK_N)
         f = factor
         if K_SCALES == 1:
             f = f * tl.load(KS + block)
         if K_SCALES == 2:
             scores = (scores - ZERO) * tl.load(KS + columns, mask=columns < length, other=0.0)[None, :]
-        if MASKED:
-            if SPECIALIZED:  # only the last block is short; the number of this one is with the warps that load
-                left = tl.where(i < (last - 1) * STEPS, BLOCK, tail) - (i % STEPS) * BLOCK_N
-                scores = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], scores, float("-inf"))
-            else:
-                scores = tl.where((columns < length)[None, :], scores, float("-inf"))
+        if MASKED and not SPECIALIZED:
+            scores = tl.where((columns < length)[None, :], scores, float("-inf"))
         f = tl.maximum(f, TINY)  # scales of 0 would make NaN of what is masked
         if LEFT > 0:
             f = tl.minimum(f, LARGEST_FACTOR)  # a unit of the integer sum decides the softmax from far less on

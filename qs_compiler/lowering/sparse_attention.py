@@ -57,11 +57,12 @@ def attend(
     q, k, v, num_blocks, indices, *optional = (
         None if x is None else with_unit_stride(x) for x in (q, k, v, num_blocks, indices, *optional)
     )
+    plain = state_o is None and mass is None
     layout = ir.FixedLayout(q.get_device(), dtype, size, ir.FlexibleLayout.contiguous_strides(size))
     o = select_template(
         "quantsparse_sparse_attention",
         TEMPLATE,
-        tile_configs(q, k, v, block_size, plain=state_o is None and mass is None)[:1],
+        tile_configs(q, k, v, block_size, plain, kv_len)[:1],
         [q, k, v, lse, num_blocks, indices, *(x for x in optional if x is not None)],
         layout,
         mutated_inputs=[lse] if mass is None else [lse, mass],

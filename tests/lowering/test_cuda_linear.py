@@ -4,12 +4,12 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import gelu, layer_norm, silu
 
 from qs_compiler._compat import select_algorithm
 from qs_compiler.lowering import collect_fallbacks, linear_choices
 from tests.fake_h100 import DEVICE_SHARED_MEMORY, SHARED_MEMORY, cuda_code
-from tests.kernel_text import compile_offline, kernel_sources
+from tests.kernel_text import check_specialized_warps, compile_offline, kernel_sources
 from tests.lowering.compiled import gate_joins_product, library_calls
 from tests.lowering.interpret import interpret
 from tests.tolerances import TANH_GELU_ERROR, assert_close
@@ -120,7 +120,52 @@ def test_every_tile_compiles_and_fits(rows, capability, code, epilogue, tmp_path
     assert core in compiled.ptx
     assert ("cp.async.bulk" in compiled.ptx) == (capability >= (9, 0))
     assert compiled.shared_memory <= DEVICE_SHARED_MEMORY[capability]
-    assert compiled.spilled_bytes == 0
+    specialized = capability == (9, 0) and code == torch.int8 and rows == 40_000
+    assert ("warp_specialize=SPECIALIZED" in source and "SPECIALIZED : tl.constexpr = True" in source) == specialized
+    assert compiled.spilled_bytes <= (64 if specialized else 0)  # its multiplying warps keep a few addresses in memory
+    if specialized:
+        check_specialized_warps(compiled, operands=3 * (128 + 256) * 128, stages=3)
+
+
+AFTER = {
+    "erf GELU": lambda y, gate, residual: gelu(y),
+    "row factor": lambda y, gate, residual: y * residual.narrow(1, 0, 1),
+    "float32 residual": lambda y, gate, residual: residual.float() + gate * y,
+    "cast": lambda y, gate, residual: y.float(),
+    "two residuals": lambda y, gate, residual: residual + gate * y + residual.flip(0),
+    "gated": lambda y, gate, residual: silu(y) * residual,
+    "two results": lambda y, gate, residual: (y, residual + gate * y),
+}
+
+
+@pytest.mark.parametrize("dtype", (bf16, torch.float32))
+@pytest.mark.parametrize("after", AFTER)
+def test_whatever_follows_fits_into_shared_memory(after, dtype, tmp_path):
+    """The specialised tile is one piece in the epilogue; float32 has the tile of halves."""
+
+    def function(*args):
+        y = AFTER[after](quantsparse.linear(*args[:5], dtype), *args[5:])
+        return y if isinstance(y, tuple) else (y,)
+
+    args = shaped(40_000, 3072, 1024, torch.int8)
+    with torch.device("meta"):
+        args = *args, torch.empty(3072, dtype=bf16), torch.empty(40_000, 3072, dtype=bf16)
+    sources = [s for s in kernel_sources(cuda_code(function, *args)).values() if "code_product" in s]
+    [compiled] = [compile_offline(source, tmp_path, (9, 0)) for source in sources]
+    assert compiled.shared_memory <= DEVICE_SHARED_MEMORY[9, 0]
+    if dtype == bf16:
+        check_specialized_warps(compiled, operands=3 * (128 + 256) * 128, stages=3)
+
+
+def test_numbers_of_the_specialized_tile(tmp_path):
+    def function(*args):
+        return (quantsparse.linear(*args, bf16),)
+
+    args = *operands(2051, 300, 192), torch.randn(300).to(bf16)
+    text = cuda_code(function, *args)
+    assert "SPECIALIZED : tl.constexpr = True" in text
+    [[got]] = interpret([(text, args)], tmp_path)
+    assert torch.equal(got, function(*args)[0])
 
 
 def shaped(rows, columns, depth, code, out=bf16):
@@ -170,7 +215,7 @@ def test_max_autotune_searches_the_tiles_and_the_library():
             args = shaped(119_056, 3072, 3072, code)
             assert len(kernel_sources(cuda_code(function, *args, config={"max_autotune": True}))) == 1
     library, tiles = ["ExternKernelCaller"], ["TritonTemplateCaller"] * len(linear_choices.SEARCH)
-    assert seen == [library + tiles, tiles]
+    assert seen == [library + tiles, [*tiles, "TritonTemplateCaller"]]  # int8 has the specialised tile too
 
 
 def test_float8_falls_back_where_the_device_has_none():

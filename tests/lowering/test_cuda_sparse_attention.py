@@ -6,7 +6,7 @@ import torch
 from qs_compiler.lowering import collect_fallbacks
 from qs_compiler.options import ATTENTIONS
 from tests.fake_h100 import DEVICE_SHARED_MEMORY, SHARED_MEMORY, cuda_code
-from tests.kernel_text import compile_offline, kernel_sources
+from tests.kernel_text import check_specialized_warps, compile_offline, kernel_sources
 from tests.lowering.compiled import library_calls
 from tests.lowering.interpret import interpret
 from tests.ops.attention_cases import BLOCK, block_lists, random_qkv
@@ -237,7 +237,8 @@ def test_every_tile_compiles_and_fits(depth, dtype, v_dtype, capability, tmp_pat
 @pytest.mark.parametrize(
     ("dtype", "depth", "resumes", "tile"),
     (
-        (bf16, 128, False, (128, 64, 2, 4)),
+        (bf16, 128, False, (128, 128, 2, 4)),  # specialised
+        (bf16, 64, False, (128, 64, 2, 4)),
         (bf16, 128, True, (128, 64, 3, 8)),
         (torch.int8, 128, False, (64, 128, 2, 4)),
         (torch.int8, 64, False, (64, 128, 3, 4)),
@@ -254,6 +255,38 @@ def test_tiles_are_those_that_were_measured(dtype, depth, resumes, tile):
     m, n, stages, warps = tile
     assert f"BLOCK_M : tl.constexpr = {m}" in text and f"BLOCK_N : tl.constexpr = {n}" in text
     assert f"num_stages={stages}," in text and f"num_warps={warps}," in text
+    assert ("SPECIALIZED : tl.constexpr = True" in text) == (tile == (128, 128, 2, 4))
+
+
+@pytest.mark.parametrize("tokens", (4096, 4112))
+@pytest.mark.parametrize("index", (torch.int16, torch.int32))
+def test_specialized_warps(tokens, index, tmp_path):
+    with torch.device("meta"):
+        q, blocks = torch.empty(1, 4, tokens, 128, dtype=bf16), -(-tokens // 128)
+        lists = torch.empty(1, 4, blocks, dtype=torch.int32), torch.empty(1, 4, blocks, blocks, dtype=index)
+    function, args = attend(q, q, q, lists, block=128)
+    [source] = kernel_sources(cuda_code(function, *args)).values()
+    compiled = compile_offline(source, tmp_path, (9, 0))
+    assert compiled.spilled_bytes == 0 and compiled.shared_memory <= DEVICE_SHARED_MEMORY[9, 0]
+    check_specialized_warps(compiled, operands=(1 + 2 * 2) * 128 * 128 * 2, stages=2)
+
+
+@pytest.mark.parametrize("dtype", (bf16, torch.float16))
+def test_numbers_of_specialized_tiles(dtype, tmp_path):
+    """Whole blocks, a last one of 1 and of 127 keys, rows without a block; depths that fill the head and do not."""
+    cases = []
+    for i, keys in enumerate((256, 257, 383)):
+        lists = block_lists(1, 2, 3, -(-keys // 128), seed=i)
+        cases.append(attend(*random_qkv(1, 2, 1, 257, keys, (128, 80, 128)[i], dtype), lists, block=128))
+    texts = check(cases, tmp_path, 2 * RELATIVE_ERROR[dtype])
+    assert all("SPECIALIZED : tl.constexpr = True" in text for text in texts)
+
+
+def test_lengths_are_masked_in_a_loop_of_their_own():
+    """Several blocks may lie beyond a valid length, and the specialised loop masks the last one alone."""
+    lists = block_lists(1, 2, 3, 3)
+    function, args = attend(*random_qkv(1, 2, 1, 257, 257, 128, bf16), lists, kv_len=torch.tensor([200]), block=128)
+    assert "SPECIALIZED : tl.constexpr = False" in cuda_code(function, *args)
 
 
 @pytest.mark.parametrize(
