@@ -30,6 +30,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from linear import elapsed_ms
 from torch._dynamo import config as dynamo_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
@@ -126,19 +127,7 @@ def sparse(operands, lists, scale):
 def median_ms(function: Callable[[], object], repeats: int) -> float:
     """Of `repeats` runs after one more."""
     function()
-    times = []
-    for _ in range(repeats):
-        if DEVICE == "cpu":
-            begin = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - begin))
-            continue
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
+    times = [elapsed_ms(function) for _ in range(repeats)]
     return sorted(times)[len(times) // 2]
 
 

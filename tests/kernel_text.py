@@ -81,7 +81,8 @@ def compile_offline(source: str, folder: Path, capability: tuple[int, int], x_bl
         target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32),
         options=options,
     )
-    return Compiled(compiled.asm["ttgir"], compiled.asm["ptx"], compiled.metadata.shared, *resources(compiled.asm["cubin"], folder))
+    texts = compiled.asm["ttgir"], compiled.asm["ptx"]
+    return Compiled(*texts, compiled.metadata.shared, *resources(compiled.asm["cubin"], folder))
 
 
 def check_specialized_warps(compiled: Compiled, operands: int, stages: int) -> None:
