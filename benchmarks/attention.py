@@ -1,7 +1,7 @@
 """Block-sparse attention, one kernel and with all the work around it, beside what else computes it.
 
-Writes benchmarks/results/attention.json. Times are medians of CUDA events on random data whose keys have a bias and
-outlier channels (Gaussian keys hide what 8 bits lose). "TFLOPS" is dense FLOP x density / time. "cosine" compares three
+Writes benchmarks/results/attention.json. Times are medians of CUDA events, each behind 25 ms of the same work, on random
+data whose keys have a bias and outlier channels (Gaussian keys hide what 8 bits lose). "TFLOPS" is dense FLOP x density / time. "cosine" compares three
 query blocks with float32 attention over the same blocks. 8-bit operands are made by the ops that the pass
 quantize_attention inserts, compiled as the backend compiles them. Parts:
 
@@ -30,7 +30,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from linear import elapsed_ms
+from linear import steady_ms
 from torch._dynamo import config as dynamo_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
@@ -127,7 +127,7 @@ def sparse(operands, lists, scale):
 def median_ms(function: Callable[[], object], repeats: int) -> float:
     """Of `repeats` runs after one more."""
     function()
-    times = [elapsed_ms(function) for _ in range(repeats)]
+    times = [steady_ms(function) for _ in range(repeats)]
     return sorted(times)[len(times) // 2]
 
 

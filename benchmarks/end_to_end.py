@@ -186,7 +186,8 @@ def anchor_runner(name: str, model: torch.nn.Module) -> Callable:
         blocks = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and "." not in n)
         quantize_(
             model,
-            Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+            # Its settings of Inductor try the tiles of every pointwise kernel, for minutes at these sizes.
+            Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False),
             filter_fn=lambda m, n: isinstance(m, torch.nn.Linear) and n.startswith(blocks),
         )
     model.compile_repeated_blocks(dynamic=False)  # as diffusers advises: each kind of block is compiled once

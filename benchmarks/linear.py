@@ -1,8 +1,8 @@
 """Quantised linears: the product with its epilogue, and the whole linear with its quantiser, beside cuBLAS and torchao.
 
 Writes benchmarks/results/linear.json. Every linear of the big models at its real size, and a few row counts below.
-Times are medians of CUDA events, taken in turns, since the clock moves; what takes under a millisecond is replayed from
-a CUDA graph of 20 calls. Results are compared with float64 products of the codes on a few rows before they are timed.
+Times are medians of CUDA events, taken in turns, since the clock moves, each behind 25 ms of the same work; what takes
+under a millisecond is replayed from a CUDA graph of 20 calls. Results are compared with float64 products of the codes on a few rows before they are timed.
 
 Each shape has a process of its own. The processes of a group compile side by side, then they take turns to measure.
 A shape whose rows the output already holds, of this device and these versions, is not measured again, so the table can
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -92,12 +92,11 @@ def repeatable(function: Callable[[], object]) -> tuple[Callable[[], object], in
 
 
 def elapsed_ms(function: Callable[[], object]) -> float:
-    """Of one run, by the device's clock: launched while the device is still busy, so that no launch is waited for."""
+    """Of one run, by the device's clock."""
     if DEVICE == "cpu":
         began = time.perf_counter()
         function()
         return 1e3 * (time.perf_counter() - began)
-    keep_busy()
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     function()
@@ -106,16 +105,18 @@ def elapsed_ms(function: Callable[[], object]) -> float:
     return start.elapsed_time(stop)
 
 
-@cache
-def filler() -> torch.Tensor:
-    """1 GiB."""
-    return torch.empty(1 << 30, device=DEVICE, dtype=torch.uint8)
+def steady_ms(function: Callable[[], object]) -> float:
+    """Of one run behind about 25 ms of others, all launched at once.
 
-
-def keep_busy() -> None:
-    """About a millisecond of writes to memory, longer than a compiled function takes to launch; the cache is theirs."""
-    for _ in range(3):
-        filler().zero_()
+    So it is at the clock that the card, at its power limit, keeps for this work and not for the row before; and its
+    launch is not waited for, which takes a third of a millisecond for a compiled function.
+    """
+    once = elapsed_ms(function)
+    if DEVICE == "cpu":
+        return once
+    for _ in range(min(50, int(25 / once))):
+        function()
+    return elapsed_ms(function)
 
 
 def product(xq, xs, wq, ws, bias):
@@ -216,12 +217,12 @@ class Table:
         print(f"{self.shape}: {name} compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
     def measure(self, repeats: int) -> None:
-        """Time all of it, in turns, and print the rows: a card at its power limit slows all of them alike then."""
+        """Time all of it, in turns, and print the rows."""
         runs = {i: repeatable(work[1]) for i, work in enumerate(self.work) if work[1] is not None}
         times: dict[int, list[float]] = {i: [] for i in runs}
         for _ in range(repeats):
             for i, (run, calls) in runs.items():
-                times[i].append(elapsed_ms(run) / calls)
+                times[i].append(steady_ms(run) / calls)
         for i, (row, _, flop, nbytes) in enumerate(self.work):
             if i in runs:
                 row["ms"] = round(sorted(times[i])[repeats // 2], 4)

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from linear import elapsed_ms
+from linear import steady_ms
 
 from qs_compiler.lowering import device as qs
 
@@ -206,7 +206,7 @@ def in_turns(
     for _ in range(rounds):
         for name, taken in times.items():
             out.fill_(float("nan"))
-            taken.append(elapsed_ms(partial(run, name)))
+            taken.append(steady_ms(partial(run, name)))
             compare(name, rows[name], first)
     for name, taken in times.items():
         taken.sort()
@@ -251,7 +251,7 @@ def main() -> None:
         for form in args.formats:
             for after in args.after:
                 rows += measure(shape, form, after, args.variants, args.rounds, args.device)
-    keep(rows, args.device, args.output)
+                keep(rows, args.device, args.output)
 
 
 if __name__ == "__main__":
