@@ -1,9 +1,9 @@
 """Block-sparse attention, one kernel and with all the work around it, beside what else computes it.
 
-Writes benchmarks/results/attention.json. Times are medians of CUDA events, each behind 25 ms of the same work, on random
-data whose keys have a bias and outlier channels (Gaussian keys hide what 8 bits lose). "TFLOPS" is dense FLOP x density / time. "cosine" compares three
-query blocks with float32 attention over the same blocks. 8-bit operands are made by the ops that the pass
-quantize_attention inserts, compiled as the backend compiles them. Parts:
+Writes benchmarks/results/attention.json. Times are medians of CUDA events, each behind 25 ms of the same work, on
+random data whose keys have a bias and outlier channels (Gaussian keys hide what 8 bits lose). "TFLOPS" is dense FLOP x
+density / time. "cosine" compares three query blocks with float32 attention over the same blocks. 8-bit operands are
+made by the ops that the pass quantize_attention inserts, compiled as the backend compiles them. Parts:
 
     ours      the kernel alone, with prologue and mask, and the prologue alone
     refresh   in one and in two launches, without and with block mass

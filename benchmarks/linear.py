@@ -2,7 +2,8 @@
 
 Writes benchmarks/results/linear.json. Every linear of the big models at its real size, and a few row counts below.
 Times are medians of CUDA events, taken in turns, since the clock moves, each behind 25 ms of the same work; what takes
-under a millisecond is replayed from a CUDA graph of 20 calls. Results are compared with float64 products of the codes on a few rows before they are timed.
+under a millisecond is replayed from a CUDA graph of 20 calls. Before, results are compared with products of the codes,
+a few rows in float64 and all elements in float32.
 
 Each shape has a process of its own. The processes of a group compile side by side, then they take turns to measure.
 A shape whose rows the output already holds, of this device and these versions, is not measured again, so the table can
