@@ -280,7 +280,7 @@ def measure(what: str, args: argparse.Namespace) -> dict:
 
 def recipe_of(name: str, args: argparse.Namespace) -> qs.Recipe:
     """The recipe of a row, with the fields that the command line sets."""
-    given = {"attention": args.attention, "cache_format": args.cache_format}
+    given = {"attention": args.attention, "cache_format": args.cache_format, "token_order": args.token_order}
     given["overrides"] = EMBEDDERS if args.embedders else None
     return qs.Recipe.parse({k: v for k, v in given.items() if v is not None}, qs.Recipe.parse(name))
 
@@ -292,6 +292,7 @@ def name_of(what: str, args: argparse.Namespace) -> str:
     recipe = recipe_of(what, args)
     extras = {"embedders int8": args.embedders, f"mode {args.mode}": args.mode, "blocks in host memory": args.offload}
     extras["blocks compiled apart"] = args.each_block
+    extras["tokens in tiles"] = recipe.token_order == "tiles"
     extras[f"under {args.memory_cap_gib} GiB"] = args.memory_cap_gib is not None
     extras[f"caches within {args.cache_gib} GiB"] = args.cache_gib is not None
     extras = {f"{recipe.cache_format} caches": recipe.density < 1, **extras}
@@ -319,6 +320,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=[])
     parser.add_argument("--attention", help="operands of attention, a field of the recipe")
     parser.add_argument("--cache-format", help="of the residual caches, a field of the recipe")
+    parser.add_argument("--token-order", help="rows or tiles, a field of the recipe")
     parser.add_argument("--embedders", action="store_true", help="store the linears of the embedders in int8")
     parser.add_argument("--mode", help="of Inductor, such as reduce-overhead")
     parser.add_argument("--memory-cap-gib", type=float, help="what torch may allocate on the card")
