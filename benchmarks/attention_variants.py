@@ -1,8 +1,8 @@
 """Other ways to write the kernel of block-sparse attention, side by side: sums, exponentials, tiles, warps.
 
-The inner loop of lowering/device.py's `attend_blocks` over whole key blocks, and variants of it, in rounds (each
-variant once, then each again). Variants are compared with float32 attention over the same blocks, the least cosine of
-four query blocks, and in every round with the first variant, the largest difference of any element.
+The inner loop of lowering/attention_device.py's `attend_blocks` over whole key blocks, and variants of it, in rounds
+(each variant once, then each again). Variants are compared with float32 attention over the same blocks, the least
+cosine of four query blocks, and in every round with the first variant, the largest difference of any element.
 
     sums by tensor core      row sums of the weights as a product with ones, in the place of additions
     half exponentials        ex2.approx.f16x2: two exponentials an instruction
@@ -29,7 +29,7 @@ from attention import BLOCK
 from linear_variants import in_turns, keep, parsed
 from torch.nn.functional import cosine_similarity
 
-from qs_compiler.lowering import device as qs
+from qs_compiler.lowering import attention_device as qs
 from qs_compiler.ops.pack_values import reference as pack_values
 
 RESULTS = Path(__file__).parent / "results" / "attention_variants.json"

@@ -11,7 +11,7 @@ from .template_source import triton_dtype
 
 fp8 = torch.float8_e4m3fn
 LARGEST_HEAD = 256
-MASS_ROWS = 16  # device.py's
+MASS_ROWS = 16  # attention_device.py's
 
 
 def why_not(q, k, v, scale: float, block_size: int) -> str | None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-# Inductor's key of generated code sees the template, not what it imports: the text carries the hash of device.py.
-DEVICE_HASH = hashlib.sha256((HERE / "device.py").read_bytes()).hexdigest()[:16]
+# Inductor's key of generated code sees the template, not what it imports: the text carries the hash of that.
+IMPORTED = b"".join((HERE / name).read_bytes() for name in ("device.py", "attention_device.py"))
+DEVICE_HASH = hashlib.sha256(IMPORTED).hexdigest()[:16]
 
 
 def read_template(op: str) -> str:

@@ -28,7 +28,7 @@ from .softmax_state import divide, finite, merge_states
 
 NAME = "refresh_attention"
 CORRECTIONS = ("residual", "complement")
-LARGEST_GROWTH = 64 * math.log(2)  # of a log-sum-exp between two steps, as in lowering/device.py: nothing overflows
+LARGEST_GROWTH = 64 * math.log(2)  # of a log-sum-exp between two steps, as in attention_device.py: nothing overflows
 B, H, Hkv, S, T, D, block, nQ, nK, b_q, b_v, b_o, b_prev, lists = symbols(
     "B H Hkv S T D block nQ nK b_q b_v b_o b_prev lists"
 )
