@@ -8,7 +8,7 @@ from qs_compiler._compat import inductor_config
 from qs_compiler.lowering import collect_fallbacks, linear_choices, row_kernels
 from qs_compiler.ops import pack_int4
 from qs_compiler.ops.formats import FORMATS
-from tests.lowering.compiled import compiled, gate_joins_product, library_calls
+from tests.lowering.compiled import EPILOGUES, compiled, gate_joins_product, library_calls
 from tests.ops.attention_cases import block_lists, random_qkv
 from tests.tolerances import FP8_WEIGHTS_ERROR, RELATIVE_ERROR, assert_close, codes_apart
 
@@ -116,39 +116,35 @@ def test_the_library_gives_what_the_template_gives():
         compare(run(function, *args)[0], wanted)
 
 
-AFTER = {
-    "nothing": lambda y, gate, residual: y,
-    "GELU": lambda y, gate, residual: gelu(y, approximate="tanh"),
-    "erf GELU": lambda y, gate, residual: gelu(y),
-    "gate and residual": lambda y, gate, residual: residual + gate * y,
-    "float32 residual": lambda y, gate, residual: residual.float() + gate * y,
-    "row factor": lambda y, gate, residual: y * residual[:, :1],
-    "cast": lambda y, gate, residual: y.float(),
-}
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize("after", [name for name in EPILOGUES if name != "two results"])
 @pytest.mark.parametrize("code", CODES)
 def test_every_element_of_many_tiles(code, after, dtype):
     """More tiles than programs, the last ones short: no element is wrong or left as it was."""
     rows, columns, depth = 20_017, 3000, 1040
 
     def function(xq, xs, wq, ws, bias, gate, residual):
-        return AFTER[after](quantsparse.linear(xq, xs, wq, ws, bias, dtype), gate, residual)
+        return EPILOGUES[after](quantsparse.linear(xq, xs, wq, ws, bias, dtype), gate, residual)
 
     xq, wq = ((torch.randn(n, depth, device="cuda") * 40).round().clamp(-127, 127).to(code) for n in (rows, columns))
     xs, ws = torch.rand(rows, device="cuda") * 1e-3, torch.rand(columns, device="cuda")
     bias, gate = torch.randn(2, columns, device="cuda", dtype=dtype)
     residual = torch.randn(rows, columns, device="cuda", dtype=dtype)
     sums = torch.mm(xq.to(bf16), wq.to(bf16).T, out_dtype=torch.float32)  # bfloat16 holds the codes
-    wanted = AFTER[after]((sums * xs[:, None] * ws + bias).to(dtype), gate, residual).float()
-    fast = torch.compile(function, backend="inductor")
-    for _ in range(3):
-        torch.full_like(residual, float("nan"))  # what the result's memory may hold before
-        got = fast(xq, xs, wq, ws, bias, gate, residual).float()
-        limit = 0.01 * (wanted.abs() + wanted.norm() / wanted.numel() ** 0.5)
-        assert int((~((got - wanted).abs() <= limit)).sum()) == 0
+    wanted = EPILOGUES[after]((sums * xs[:, None] * ws + bias).to(dtype), gate, residual).float()
+    limit = 0.01 * (wanted.abs() + wanted.norm() / wanted.numel() ** 0.5)
+
+    def elements_off(got):
+        return int((~((got.float() - wanted).abs() <= limit)).sum())
+
+    args = xq, xs, wq, ws, bias, gate, residual
+    torch.full_like(residual, float("nan"))  # what the result's memory may hold before
+    got, text = compiled(function, *args)
+    assert "code_product" in text and elements_off(got) == 0
+    again = torch.compile(function, fullgraph=True, dynamic=False)  # finds what `compiled` has compiled
+    for _ in range(2):
+        torch.full_like(residual, float("nan"))
+        assert elements_off(again(*args)) == 0
 
 
 @pytest.mark.parametrize("code", CODES)

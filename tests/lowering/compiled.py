@@ -3,11 +3,25 @@
 import re
 
 import torch
+from torch.nn.functional import gelu, silu
 from torch.torch_version import TorchVersion
 
 from qs_compiler._compat import inductor_config, run_and_get_code
 from qs_compiler.lowering import register_lowerings
 from qs_compiler.lowering.row_kernels import row_kernels
+
+EPILOGUES = {  # what may follow a product y (M, N), with a gate (N,) and a residual (M, N)
+    "nothing": lambda y, gate, residual: y,
+    "gelu": lambda y, gate, residual: gelu(y, approximate="tanh"),
+    "erf gelu": lambda y, gate, residual: gelu(y),
+    "gate and residual": lambda y, gate, residual: residual + gate * y,
+    "float32 residual": lambda y, gate, residual: residual.float() + gate * y,
+    "row factor": lambda y, gate, residual: y * residual.narrow(1, 0, 1),
+    "cast": lambda y, gate, residual: y.float(),
+    "two residuals": lambda y, gate, residual: residual + gate * y + residual.flip(0),
+    "gated": lambda y, gate, residual: silu(y) * residual,
+    "two results": lambda y, gate, residual: (y, residual + gate * y),
+}
 
 
 def compiled(function, *args, dynamic=False):

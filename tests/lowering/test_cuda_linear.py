@@ -4,13 +4,13 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.nn.functional import gelu, layer_norm, silu
+from torch.nn.functional import gelu, layer_norm
 
 from qs_compiler._compat import select_algorithm
 from qs_compiler.lowering import collect_fallbacks, linear_choices
 from tests.fake_h100 import DEVICE_SHARED_MEMORY, SHARED_MEMORY, cuda_code
 from tests.kernel_text import check_specialized_warps, compile_offline, kernel_sources
-from tests.lowering.compiled import gate_joins_product, library_calls
+from tests.lowering.compiled import EPILOGUES, gate_joins_product, library_calls
 from tests.lowering.interpret import interpret
 from tests.tolerances import TANH_GELU_ERROR, assert_close
 
@@ -89,17 +89,13 @@ def test_rows_may_be_symbolic(tmp_path):
         assert_close(got, block(*args)[0])
 
 
-EPILOGUES = {
-    "gelu": lambda y, gate, residual: gelu(y, approximate="tanh"),
-    "gate and residual": lambda y, gate, residual: residual + gate * y,
-}
 B200 = (10, 0)
 TARGETS = [(code, target) for code in (torch.int8, fp8) for target in SHARED_MEMORY if code != fp8 or target > (8, 0)]
 CASES = [(*target, rows) for target in TARGETS for rows in (1, 512, 40_000)]
 CASES += [(code, B200, 40_000) for code in (torch.int8, fp8)]
 
 
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("epilogue", ("gelu", "gate and residual"))
 @pytest.mark.parametrize(("code", "capability", "rows"), CASES)
 def test_every_tile_compiles_and_fits(rows, capability, code, epilogue, tmp_path):
     """Tensor cores are used, nothing spills, shared memory suffices."""
@@ -124,27 +120,21 @@ def test_every_tile_compiles_and_fits(rows, capability, code, epilogue, tmp_path
     assert ("warp_specialize=SPECIALIZED" in source and "SPECIALIZED : tl.constexpr = True" in source) == specialized
     assert compiled.spilled_bytes <= (64 if specialized else 0)  # its multiplying warps keep a few addresses in memory
     if specialized:
-        check_specialized_warps(compiled, operands=3 * (128 + 256) * 128, stages=3)
+        check_specialized(compiled)
 
 
-AFTER = {
-    "erf GELU": lambda y, gate, residual: gelu(y),
-    "row factor": lambda y, gate, residual: y * residual.narrow(1, 0, 1),
-    "float32 residual": lambda y, gate, residual: residual.float() + gate * y,
-    "cast": lambda y, gate, residual: y.float(),
-    "two residuals": lambda y, gate, residual: residual + gate * y + residual.flip(0),
-    "gated": lambda y, gate, residual: silu(y) * residual,
-    "two results": lambda y, gate, residual: (y, residual + gate * y),
-}
+def check_specialized(compiled):
+    tile = linear_choices.SPECIALIZED
+    check_specialized_warps(compiled, operands=tile.stages * (tile.m + tile.n) * tile.k, stages=tile.stages)
 
 
 @pytest.mark.parametrize("dtype", (bf16, torch.float32))
-@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize("after", EPILOGUES)
 def test_whatever_follows_fits_into_shared_memory(after, dtype, tmp_path):
     """The specialised tile is one piece in the epilogue; float32 has the tile of halves."""
 
     def function(*args):
-        y = AFTER[after](quantsparse.linear(*args[:5], dtype), *args[5:])
+        y = EPILOGUES[after](quantsparse.linear(*args[:5], dtype), *args[5:])
         return y if isinstance(y, tuple) else (y,)
 
     args = shaped(40_000, 3072, 1024, torch.int8)
@@ -154,7 +144,7 @@ def test_whatever_follows_fits_into_shared_memory(after, dtype, tmp_path):
     [compiled] = [compile_offline(source, tmp_path, (9, 0)) for source in sources]
     assert compiled.shared_memory <= DEVICE_SHARED_MEMORY[9, 0]
     if dtype == bf16:
-        check_specialized_warps(compiled, operands=3 * (128 + 256) * 128, stages=3)
+        check_specialized(compiled)
 
 
 def test_numbers_of_the_specialized_tile(tmp_path):
