@@ -246,13 +246,13 @@ def compare_with(xq, xs, wq, ws, bias, then: Callable = lambda y, rows: y) -> Ca
     wanted = then(wanted, rows)
 
     def check(y: torch.Tensor) -> dict:
-        off = 0
+        off, weight = 0, wq.T.to(bf16 if DEVICE == "cuda" else torch.float32)
         for first in range(0, len(xq), 8192):
             part = torch.arange(first, min(first + 8192, len(xq)), device=DEVICE)
             if DEVICE == "cuda":
-                sums = torch.mm(xq[part].to(bf16), wq.to(bf16).T, out_dtype=torch.float32)
+                sums = torch.mm(xq[part].to(bf16), weight, out_dtype=torch.float32)
             else:
-                sums = xq[part].float() @ wq.float().T
+                sums = xq[part].float() @ weight
             exact = then((sums * xs[part, None] * ws + bias).to(bf16), part).float()
             limit = 0.01 * (exact.abs() + exact.norm() / exact.numel() ** 0.5)
             off += int((~((y[part].float() - exact).abs() <= limit)).sum())
@@ -293,7 +293,7 @@ def prepare(table: Table, shape: str) -> None:
         operands = xq, xs, wq, ws, bias
         table.add(f"ours {form}, bias", fuse(product), *operands, flop=flop, check=check, choices=ALL_TEMPLATE)
         if form == "int8":
-            alike = {"SPECIALIZED": linear_choices.TMA_TILES[-1][1]}
+            alike = {"SPECIALIZED": linear_choices.LARGE}
             name = "ours int8, warps not specialised, bias"
             table.add(name, fuse(product), *operands, flop=flop, check=check, choices=alike)
         if form == "fp8":

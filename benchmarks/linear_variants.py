@@ -107,7 +107,7 @@ def kernel(
     for tile in tl.range(first, row_tiles * col_tiles, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZED):
         tile_m, tile_n = qs.tile_of(tile, row_tiles, col_tiles, 8)
         row = tile_m * BLOCK_M
-        coordinate = (tile_m.to(tl.int64) * BLOCK_M).to(tl.int32) if OWN_COORDINATE else row
+        coordinate = qs.own_coordinate(tile_m, BLOCK_M) if OWN_COORDINATE else row
         acc = qs.code_product(a, b, coordinate, tile_n * BLOCK_N, M, N, K, K, K, BLOCK_M, BLOCK_N, 128, INT8, True, 3)
         parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, WIDTH)), (0, 2, 1))) if PARTS == 2 else (acc,)
         for part in tl.static_range(PARTS):
@@ -190,7 +190,7 @@ def in_turns(
     Args:
         rows: name of a variant -> what is known of it.
         run: launches one; it writes `out`, which is poisoned before.
-        compare: told of each timed run: the name, its row, the result of the first variant.
+        compare: told of a run in each round: the name, its row, the result of the first variant.
     """
     first, times = None, {}
     for name, row in rows.items():
@@ -205,8 +205,9 @@ def in_turns(
             row |= {"registers": compiled.n_regs, "spilled": compiled.n_spills, "shared": compiled.metadata.shared}
     for _ in range(rounds):
         for name, taken in times.items():
-            out.fill_(float("nan"))
             taken.append(steady_ms(partial(run, name)))
+            out.fill_(float("nan"))
+            run(name)
             compare(name, rows[name], first)
     for name, taken in times.items():
         taken.sort()
