@@ -132,7 +132,7 @@ def kernel(
         v = qs.operand(V + h * S * D, S, D, D, BLOCK_N, D, True)
     first_row = start
     if SPECIALIZED:
-        first_row = (qs.retire_barriers(tl.program_id(0), STAGES).to(tl.int64) * BLOCK_M).to(tl.int32)
+        first_row = qs.own_coordinate(qs.retire_barriers(tl.program_id(0), STAGES), BLOCK_M)
     queries = qs.load_tile(q, first_row, 0, S, D, D, BLOCK_M, D, True)
     factor = qs.query_factor(QS + h * S, start, S, SCALE, 2 if INT8 else 0, BLOCK, BLOCK_M)
     acc = tl.zeros([BLOCK_M, D], tl.float32)

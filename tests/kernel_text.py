@@ -86,7 +86,7 @@ def compile_offline(source: str, folder: Path, capability: tuple[int, int], x_bl
 
 
 def check_specialized_warps(compiled: Compiled, operands: int, stages: int) -> None:
-    """What device.py's retire_barriers and linear.py.jinja say of Triton 3.6 still holds of this kernel.
+    """What device.py's retire_barriers and own_coordinate say of Triton 3.6 still holds of this kernel.
 
     operands: bytes of shared memory that its loads fill.
     """

@@ -6,9 +6,9 @@ Imported by generated code only. Log-sum-exps leave in natural units, inside the
 import triton
 import triton.language as tl
 
-from .device import OFFSET, load_tile, operand, retire_barriers
+from .device import OFFSET, load_tile, operand, own_coordinate, retire_barriers
 
-__all__ = ["load_tile", "operand", "retire_barriers"]  # templates find all in one module
+__all__ = ["load_tile", "operand", "own_coordinate", "retire_barriers"]  # templates find all in one module
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)

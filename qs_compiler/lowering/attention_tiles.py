@@ -14,7 +14,7 @@ LARGEST_HEAD = 256
 MASS_ROWS = 16  # attention_device.py's
 
 
-def why_not(q, k, v, scale: float, block_size: int) -> str | None:
+def why_not(q, v, scale: float, block_size: int) -> str | None:
     """Why the template cannot run, or None."""
     device = q.get_device()
     if (reason := why_no_template(device)) is not None:
@@ -28,7 +28,7 @@ def why_not(q, k, v, scale: float, block_size: int) -> str | None:
         return f"block_size {block_size} is not a multiple of 16, the least tile of a tensor core"
     if static_size(q.get_size()[3]) > LARGEST_HEAD:
         return f"head width {q.get_size()[3]} is above {LARGEST_HEAD}, a tile would not fit into registers"
-    if not tile_configs(q, k, v, block_size):
+    if not tile_configs(q, v, block_size):
         return f"no tile of head width {q.get_size()[3]} fits into the shared memory"
     return None
 
@@ -91,10 +91,11 @@ def tile(m: int, n: int, stages: int, warps: int, specialized: bool = False) -> 
 SPECIALIZED = tile(128, 128, 2, 4, specialized=True)  # 4 warps load, two groups of 4 attend for 64 queries each
 
 
-def specialized_tile_serves(q, k, v, block_size: int) -> bool:
+def specialized_tile_serves(q, k, v, kv_len, block_size: int) -> bool:
     """Whether SPECIALIZED is right and fast: 16-bit operands, read by TMA, at most the last block of keys short."""
     return (
-        q.get_dtype() == v.get_dtype()
+        kv_len is None
+        and q.get_dtype() == v.get_dtype()
         and q.get_dtype().itemsize == 2
         and padded_head(q) == 128  # with heads of 64 it is slower
         and block_size == 128
@@ -108,15 +109,13 @@ def uses_tma(q, k, v) -> bool:
     return can_use_tma(q, k, v) and not cpp_wrapper_active()
 
 
-def tile_configs(q, k, v, block_size: int, plain: bool = False, kv_len=None) -> list[dict]:
+def tile_configs(q, v, block_size: int, plain: bool = False) -> list[dict]:
     """Tiles that divide the block and fit into shared memory, the preferred one first.
 
     plain: the kernel keeps nothing but the state of one online softmax in registers.
     """
     head, largest = padded_head(q), block_size & -block_size
     found = []
-    if plain and kv_len is None and specialized_tile_serves(q, k, v, block_size):
-        found.append(SPECIALIZED)
     smaller = (64, 64, 2, 4), (64, 32, 2, 4), (32, 32, 2, 4), (16, 16, 1, 1)
     for m, n, stages, warps in (*preferred_tiles(q, v, plain), *smaller):
         if m <= 32:

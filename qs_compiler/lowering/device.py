@@ -62,6 +62,16 @@ def retire_barriers(x, STAGES: tl.constexpr):
     return x
 
 
+@triton.jit
+def own_coordinate(tile, ROWS: tl.constexpr):
+    """tile * ROWS, int32, as the row at which a descriptor of divided rows is read, and for nothing else.
+
+    To that value Triton 3.6 adds the second group's ROWS / 2 rows wherever it is used, and tl.arange has them already:
+    one that numbers rows has to be another value, which this does not become by going through int64.
+    """
+    return (tile.to(tl.int64) * ROWS).to(tl.int32)
+
+
 # ---- matrix product of codes ----
 
 

@@ -49,13 +49,14 @@ class Tile:
 
 # (rows up to, tile). A large tile reads least from the cache; few rows do not fill the device with them, and then two
 # smaller programs on each multiprocessor hide each other's epilogue and first loads.
+LARGE = Tile(128, 256, 128, stages=3, warps=8, flatten=True)
 TMA_TILES = (
     (512, Tile(64, 128, 128, stages=4, warps=4, programs=2)),
     (2048, Tile(128, 128, 128, stages=3, warps=4, programs=2)),
-    (ANY, Tile(128, 256, 128, stages=3, warps=8, flatten=True)),
+    (ANY, LARGE),
 )
-# int8 and more than 2,048 rows, where warps can be specialised: 1.14 to 1.37 times as fast (linear.json; float8
-# is not). The tile is one piece in the epilogue, and one of float32 would not fit into shared memory.
+# In the place of LARGE, for int8 where warps can be specialised: 1.14 to 1.37 times as fast (linear.json; float8 is
+# not). The tile is one piece in the epilogue, and one of float32 would not fit into shared memory.
 SPECIALIZED = Tile(128, 256, 128, stages=3, warps=4, specialized=True)
 POINTER_TILES = ((64, Tile(64, 128, 128, stages=3, warps=4)), (ANY, Tile(128, 128, 64, stages=3, warps=8)))
 SEARCH = (*(tile for _, tile in TMA_TILES), Tile(128, 128, 128, stages=3, warps=8, flatten=True))
@@ -82,9 +83,8 @@ LIBRARY = (
 
 def tile_for(rows: int, tma: bool, specialized: bool) -> Tile:
     """The tile for a product of `rows` rows; specialized: whether SPECIALIZED can serve."""
-    if specialized and rows > 2048:
-        return SPECIALIZED
-    return next(tile for limit, tile in (TMA_TILES if tma else POINTER_TILES) if rows <= limit)
+    found = next(tile for limit, tile in (TMA_TILES if tma else POINTER_TILES) if rows <= limit)
+    return SPECIALIZED if specialized and found == LARGE else found
 
 
 def library_serves(columns: int, depth: int, code: torch.dtype, out: torch.dtype, bias: torch.dtype | None) -> bool:

@@ -72,7 +72,7 @@ def lower_refresh_attention(
     )
     if q.get_device().type == "cpu":
         return extern_kernel(OP)(*arguments)
-    if (reason := why_not(q, k, v, scale, block_size)) is not None:
+    if (reason := why_not(q, v, scale, block_size)) is not None:
         return call_reference(OP, reason, *arguments)
 
     operands = [None if x is None else with_unit_stride(x) for x in arguments[:9]]
@@ -83,7 +83,7 @@ def lower_refresh_attention(
         return two_launches(operands, previous, correction == "residual", scale, block_size, dtype)
     q, k, v, q_scale, k_scale, v_scale, num_blocks, indices, kv_len = operands
     size, list_size = q.get_size(), indices.get_size()
-    [tile] = tile_configs(q, k, v, block_size)[:1]
+    [tile] = tile_configs(q, v, block_size)[:1]
     tiles = block_size // tile["BLOCK_M"]  # of queries in a block
     lse, correction_lse = written(q, size[:3], torch.float32), written(q, size[:3], torch.float32)
     correction_o = written(q, size, dtype)

@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 
 from .._compat import L, SymbolicGridFn, extern_kernel, ir, make_template, register_lowering, select_template
-from .attention_tiles import template_constants, tile_configs, why_not, with_unit_stride
+from .attention_tiles import (
+    SPECIALIZED,
+    specialized_tile_serves,
+    template_constants,
+    tile_configs,
+    why_not,
+    with_unit_stride,
+)
 from .device_support import call_reference
 from .template_source import read_template
 
@@ -35,7 +42,7 @@ def lower_sparse_attention(
     )
     if q.get_device().type == "cpu":
         return extern_kernel(OP)(*arguments)
-    if (reason := why_not(q, k, v, scale, block_size)) is not None:
+    if (reason := why_not(q, v, scale, block_size)) is not None:
         return call_reference(OP, reason, *arguments)
 
     return attend(*arguments)
@@ -58,11 +65,15 @@ def attend(
         None if x is None else with_unit_stride(x) for x in (q, k, v, num_blocks, indices, *optional)
     )
     plain = state_o is None and mass is None
+    if plain and specialized_tile_serves(q, k, v, kv_len, block_size):
+        tile = SPECIALIZED
+    else:
+        tile = tile_configs(q, v, block_size, plain)[0]
     layout = ir.FixedLayout(q.get_device(), dtype, size, ir.FlexibleLayout.contiguous_strides(size))
     o = select_template(
         "quantsparse_sparse_attention",
         TEMPLATE,
-        tile_configs(q, k, v, block_size, plain, kv_len)[:1],
+        [tile],
         [q, k, v, lse, num_blocks, indices, *(x for x in optional if x is not None)],
         layout,
         mutated_inputs=[lse] if mass is None else [lse, mass],

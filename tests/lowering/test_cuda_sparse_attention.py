@@ -268,7 +268,7 @@ def test_specialized_warps(tokens, index, tmp_path):
     [source] = kernel_sources(cuda_code(function, *args)).values()
     compiled = compile_offline(source, tmp_path, (9, 0))
     assert compiled.spilled_bytes == 0 and compiled.shared_memory <= DEVICE_SHARED_MEMORY[9, 0]
-    check_specialized_warps(compiled, operands=(1 + 2 * 2) * 128 * 128 * 2, stages=2)
+    check_specialized_warps(compiled, operands=(1 + 2 * 2) * 128 * 128 * 2, stages=2)  # q, stages of k and of v
 
 
 @pytest.mark.parametrize("dtype", (bf16, torch.float16))
