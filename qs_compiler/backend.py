@@ -103,12 +103,22 @@ class GraphCompiler:
         return CompiledGraph(dense, self.build, self.capture, self.report, self.options)
 
     def build(
-        self, phase: Phase, args: Sequence[Any], caches_on_host: bool, refreshing: frozenset[int] = frozenset()
+        self,
+        phase: Phase,
+        args: Sequence[Any],
+        caches_on_host: bool,
+        refreshing: frozenset[int] = frozenset(),
+        trust_mask_inputs: bool = True,
     ) -> Variant:
         """Compile `phase` for the shapes of `args`; in a MIXED one the attentions `refreshing` refresh."""
-        capture = self.capture.specialise(args)
         return self._variant(
-            phase, capture, list(args), own_context=True, on_host=caches_on_host, refreshing=refreshing
+            phase,
+            self.capture.specialise(args),
+            list(args),
+            own_context=True,
+            on_host=caches_on_host,
+            refreshing=refreshing,
+            trust_mask_inputs=trust_mask_inputs,
         )
 
     def _variant(
@@ -120,6 +130,7 @@ class GraphCompiler:
         own_context: bool,
         on_host: bool = False,
         refreshing: frozenset[int] = frozenset(),
+        trust_mask_inputs: bool = True,
     ) -> Variant:
         register_lowerings()
         context = PassContext(
@@ -131,6 +142,7 @@ class GraphCompiler:
             attached=self.attached,
             caches_on_host=on_host,
             refreshing=refreshing,
+            trust_mask_inputs=trust_mask_inputs,
         )
         self.report.passes += run_passes(context, self.dump)
         examples = [node.meta["val"] for node in context.capture.placeholders[len(capture.inputs) :]]

@@ -80,9 +80,12 @@ class PassContext:
         caches_on_host: the caches of this phase lie in host memory.
         exported: the result is an ExportedProgram: one flat graph, and no runtime that supplies further inputs.
         refreshing: indices of the attentions that refresh in a MIXED phase.
+        trust_mask_inputs: a mask that is an argument may be taken for a prefix, since the runtime looks at every call.
         sites: the attentions that may run sparse, filled by sparsify_attention.
         extra_inputs: providers of the graph inputs that passes appended, in order.
         packed_from: packed graph input -> position of the parameter that it packs.
+        mask_lengths: valid length that was counted in a mask input -> position of that input.
+        prefix_inputs: position of a mask input that is taken for a prefix -> how many tokens it must at least keep.
     """
 
     capture: Capture
@@ -94,9 +97,12 @@ class PassContext:
     caches_on_host: bool = False
     exported: bool = False
     refreshing: frozenset[int] = frozenset()
+    trust_mask_inputs: bool = True
     sites: list[AttentionSite] = dataclasses.field(default_factory=list)
     extra_inputs: list[Any] = dataclasses.field(default_factory=list)
     packed_from: dict[fx.Node, int] = dataclasses.field(default_factory=dict)
+    mask_lengths: dict[fx.Node, int] = dataclasses.field(default_factory=dict)
+    prefix_inputs: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def add_input(self, name: str, example: torch.Tensor, provider: Any) -> fx.Node:
         """A graph input that `provider.resolve(args, frame)` supplies at every call; one for equal providers.

@@ -94,7 +94,7 @@ def find_layout(graph: fx.Graph, node: fx.Node, context: PassContext) -> TokenLa
         length = math.prod(grid)
         start = 0 if length == tokens else video_start(q, length, tokens)
         if start is not None:
-            if tiled and "kv_len" in node.meta and not _is_longer(node.meta["kv_len"], start + length):
+            if tiled and "kv_len" in node.meta and not _keeps(node.meta["kv_len"], start + length, context):
                 return "the graph does not prove that the padding mask hides no video token"
             return TokenLayout(tokens, grid, start, recipe.block_size, tiled)
     return f"{tokens} tokens are not the grid {'x'.join(map(str, grids[-1]))}, nor a cat of it and text"
@@ -118,6 +118,16 @@ def video_start(q: fx.Node, length: int, tokens: int) -> int | None:
         if node.target is aten.cat.default and (start := _part_of(node, length, tokens)) is not None:
             return start
     return None
+
+
+def _keeps(kv_len: fx.Node, end: int, context: PassContext) -> bool:
+    """Whether a mask hides none of the first `end` tokens: by the graph, or since the runtime will see to it."""
+    position = context.mask_lengths.get(kv_len)
+    if position is None:
+        return _is_longer(kv_len, end)
+    if context.phase is not Phase.DENSE:  # which leaves the tokens where they are
+        context.prefix_inputs[position] = max(context.prefix_inputs[position], end)
+    return True
 
 
 def _is_longer(kv_len: fx.Node, end: int) -> bool:

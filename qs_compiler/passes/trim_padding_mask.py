@@ -6,8 +6,19 @@ Before:  ge: "b8[1, 12]" = torch.ops.aten.ge.Tensor(arange, length)
 After:   the same nodes; sdpa.meta["kv_len"] = length, which sparsify_attention and quantize_attention pass on as
          `kv_len`, and so need no mask.
 
-Only what the graph proves to be a prefix counts: `arange >= length` filled with False into ones, or `arange < length`,
-seen through unsqueeze / expand / view. Lengths stay on the device.
+The graph proves a prefix by `arange >= length` filled with False into ones, or by `arange < length`, seen through
+unsqueeze / expand / view. Lengths stay on the device.
+
+A block that is compiled by itself may get its mask as an argument, of which the graph shows nothing:
+
+Before:  mask: "b8[1, 1, 1, 12]" = placeholder
+         sdpa = torch.ops.aten.scaled_dot_product_attention.default(q, k, v, mask)
+After:   length: "i64[1]" = torch.ops.aten.sum.dim_IntList(mask, [1, 2, 3])
+         the same nodes; sdpa.meta["kv_len"] = length, and `context.prefix_inputs[position of mask] = 0`
+
+That is no proof but an assumption: the runtime looks at the mask of every call (`runtime/prefix_masks.py`) and runs a
+form without it where the mask is no prefix, or hides one of the first `prefix_inputs` tokens. So it is made only where
+there is a runtime (not of exported programs), and where the recipe has attention rewritten.
 """
 
 from __future__ import annotations
@@ -15,14 +26,16 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .base import GraphPass, PassContext, PassResult
+from .. import _compat
+from .base import GraphPass, PassContext, PassResult, call
 
 aten = torch.ops.aten
+_KEY_DIMS = [1, 2, 3]  # of a mask (B, 1, 1, T)
 _VIEWS = {aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.reshape.default, aten.alias.default}
 
 
 class TrimPaddingMask(GraphPass):
-    """Mark each attention whose mask is provably `position < length`."""
+    """Mark each attention whose mask is `position < length`, by proof or by an assumption that the runtime checks."""
 
     name = "trim_padding_mask"
 
@@ -33,6 +46,8 @@ class TrimPaddingMask(GraphPass):
             if mask is None:
                 continue
             length = valid_length(mask, node.args[1].meta["val"].shape)
+            if length is None and assumes_prefixes(context) and is_self_attention(node):
+                length = assumed_length(mask, node.args[1].meta["val"].shape, context)
             if length is None:
                 result.skip(node, "the graph does not prove that the mask is a prefix")
                 continue
@@ -47,12 +62,65 @@ def attention_mask(node: fx.Node) -> fx.Node | None:
     return mask if isinstance(mask, fx.Node) else None
 
 
+def assumes_prefixes(context: PassContext) -> bool:
+    """Whether the runtime can check what is assumed of masks, and the recipe makes use of it."""
+    used = context.recipe.sparse or context.recipe.attention != "16bit"
+    return used and context.trust_mask_inputs and not context.exported
+
+
+def is_self_attention(node: fx.Node) -> bool:
+    """Whether an attention has as many queries as keys."""
+    q, k = (operand.meta["val"] for operand in node.args[:2])
+    return q.dim() == k.dim() == 4 and _compat.static_hint(q.shape[2]) == _compat.static_hint(k.shape[2])
+
+
+def assumed_length(mask: fx.Node, kv_shape: torch.Size, context: PassContext) -> fx.Node | None:
+    """The (B,) int64 number of keys that a mask keeps, if it is an argument of the forward seen through views."""
+    if not _hides_keys(mask, kv_shape):
+        return None
+    position = _argument(mask, context)
+    if position is None:
+        return None
+    known = [node for node in mask.users if node in context.mask_lengths]
+    if known:
+        return known[0]
+    # Beside the mask: of blocks that share one, none gets a node that the others have not.
+    graph = mask.graph
+    inputs = context.capture.placeholders
+    with graph.inserting_after(inputs[-1] if mask in inputs else mask):
+        length = call(graph, mask, aten.sum.dim_IntList, mask, _KEY_DIMS)
+    context.mask_lengths[length] = position
+    context.prefix_inputs.setdefault(position, 0)
+    return length
+
+
+def _argument(mask: fx.Node, context: PassContext) -> int | None:
+    """Position of the argument of which a mask is a view with the same rows, if the graph writes into none of both."""
+    keys, node = mask.meta["val"].shape[-1], mask
+    while node.target in _VIEWS and node.args[0].meta["val"].dim() and node.args[0].meta["val"].shape[-1] == keys:
+        node = node.args[0]
+    position = context.input_index(node)
+    if position is None or position >= len(context.capture.inputs) or context.capture.inputs[position].owned:
+        return None
+    return None if _is_written(node) else position
+
+
+def _is_written(tensor: fx.Node) -> bool:
+    """Whether the graph writes into a tensor, or into a view of it."""
+    for user in tensor.users:
+        schema = getattr(user.target, "_schema", None)
+        if schema is None:
+            continue
+        if schema.is_mutable:
+            return True
+        if any(result.alias_info is not None for result in schema.returns) and _is_written(user):
+            return True
+    return False
+
+
 def valid_length(mask: fx.Node, kv_shape: torch.Size) -> fx.Node | None:
     """The (B,) integer node n with mask[b, ..., j] == (j < n[b]), or None where the graph does not prove one."""
-    value = mask.meta["val"]
-    if value.dtype != torch.bool or value.dim() != 4 or value.shape[1] != 1 or value.shape[2] != 1:
-        return None
-    if value.shape[-1] != kv_shape[2] or value.shape[0] != kv_shape[0]:
+    if not _hides_keys(mask, kv_shape):
         return None
     base = _strip(mask, _VIEWS)
     if _is(base, aten.masked_fill.Scalar):
@@ -78,6 +146,14 @@ def valid_length(mask: fx.Node, kv_shape: torch.Size) -> fx.Node | None:
     if dim not in (1, -1) or source.meta["val"].dim() != 1 or source.meta["val"].is_floating_point():
         return None
     return source
+
+
+def _hides_keys(mask: fx.Node, kv_shape: torch.Size) -> bool:
+    """Whether a mask is a bool (B, 1, 1, T): the same keys for all heads and queries."""
+    value = mask.meta["val"]
+    if value.dtype != torch.bool or value.dim() != 4 or value.shape[1] != 1 or value.shape[2] != 1:
+        return False
+    return bool(value.shape[-1] == kv_shape[2] and value.shape[0] == kv_shape[0])
 
 
 def _is(node: object, target: object) -> bool:

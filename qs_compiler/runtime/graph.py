@@ -22,6 +22,7 @@ from .caches import CacheEntry, Frame, tensor_version
 from .implicit import ImplicitSignal
 from .inputs import Cached, Packed, Provider
 from .placement import Demand, belongs_on_host
+from .prefix_masks import NO_PREFIX, PREFIX_MASKS
 from .schedule import Decision, Schedule
 from .tracker import Signal, is_announced, signal_of
 from .weights import packs_for_call
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("qs_compiler.runtime")
 
 Build = Callable[..., "Variant"]
+_TAKE_LENGTHS = (torch.ops.quantsparse.sparse_attention.default, torch.ops.quantsparse.refresh_attention.default)
 
 
 class Variant:
@@ -41,6 +43,10 @@ class Variant:
         self.phase, self.fn = phase, fn
         self.providers: list[Provider] = context.extra_inputs
         self.sites: list[AttentionSite] = context.sites
+        self.prefix_inputs = context.prefix_inputs
+        self.assumes_prefixes = bool(self.prefix_inputs) and any(
+            _compat.calls(context.capture.module, op) for op in _TAKE_LENGTHS
+        )
         self.packed = list(dict.fromkeys((p.index, p.recipe) for p in self.providers if isinstance(p, Packed)))
         used = [p for p in self.providers if isinstance(p, Cached)]
         self.slots: list[dict[str, Slot]] = []
@@ -58,7 +64,8 @@ class CompiledGraph:
 
     Args:
         dense: the compiled dense phase.
-        build: (phase, args, on host, attentions that refresh) -> another phase for the shapes of a call.
+        build: (phase, args, on host, attentions that refresh, whether masks are taken for prefixes) -> another phase
+            for the shapes of a call.
         capture: the graph's inputs.
         options: interval, warm-up, gain, strict and memory budget are read here.
     """
@@ -74,12 +81,16 @@ class CompiledGraph:
         self._demands: dict[tuple[int, ...], Demand] = {}
         self._variants: dict[tuple[Any, ...], tuple[Variant, Variant]] = {}
         self._mixed: dict[tuple[Any, ...], Variant] = {}
+        self._unassuming: dict[tuple[Any, ...], Variant] = {}
         self._implicit = ImplicitSignal(capture.inputs, options.warmup)
         self._lock = threading.RLock()
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
         signal = self._signal(args) if self.dense.sites else None
+        if (reason := self._why_not(self.dense, args)) is not None:
+            self._warn_of_mask(f"dense and unquantised with this mask: {reason}")
+            return self._run(self._without_assumptions(args), args, Frame())
         step = None if signal is None else self._schedule.refresh_step(signal.step, signal.num_steps)
         if signal is None or step is None:
             if signal is not None:
@@ -88,6 +99,9 @@ class CompiledGraph:
         on_host = self._place(signal, args, final=True)
         refresh, sparse = self._phases(args, on_host)
         if not sparse.sites:
+            return self._run(self.dense, args, Frame())
+        if (reason := self._why_not(sparse, args)) is not None:
+            self._warn_of_mask(f"dense with this mask: {reason}")
             return self._run(self.dense, args, Frame())
         entries = [self._entry(signal, site, args) for site in sparse.sites]
         owners, layers = [args[site.anchor] for site in sparse.sites], signal.video.layers[signal.branch]
@@ -155,6 +169,34 @@ class CompiledGraph:
         name = variant.phase.value
         self._report.calls[name] = self._report.calls.get(name, 0) + 1
         return variant(args, frame)
+
+    def _why_not(self, variant: Variant, args: Sequence[Any]) -> str | None:
+        """What a mask of this call has that `variant`, or a sparse step after it, takes it not to have; or None."""
+        if not variant.sites and not variant.assumes_prefixes:
+            return None
+        for position, least in variant.prefix_inputs.items():
+            kept = PREFIX_MASKS.kept(args[position], remember=not self._cuda_graphs)
+            if kept == NO_PREFIX:
+                return "it hides tokens before some that it keeps"
+            if kept < least:
+                return f"of the first {least} tokens, up to the end of the video, it keeps {kept}, and tiles need all"
+        return None
+
+    def _without_assumptions(self, args: Sequence[Any]) -> Variant:
+        """The dense phase with the masks as they are; compiled at the first call that needs it."""
+        if not self.dense.assumes_prefixes:
+            return self.dense
+        key = tuple(args[i] for i in self._sizes)
+        with self._lock:
+            if key not in self._unassuming:
+                self._unassuming[key] = self._build(Phase.DENSE, args, False, trust_mask_inputs=False)
+            return self._unassuming[key]
+
+    def _warn_of_mask(self, how: str) -> None:
+        text = f"recipe '{self._report.recipe}' runs attention {how}."
+        if self._strict:
+            raise UnsupportedError(text)
+        PREFIX_MASKS.warn_once(text)
 
     def _signal(self, args: Sequence[Any]) -> Signal | None:
         anchor = args[self.dense.sites[0].anchor]
