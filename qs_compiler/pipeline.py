@@ -39,8 +39,9 @@ def attach(target: Any, artifact: Any = None, *, compile: bool | Literal["blocks
             "transformer_2": ...} or a folder with those names. None: weights are rounded without data, by `recipe`.
         compile: False leaves the model uncompiled (it computes with dequantised weights, and never sparse). "blocks"
             compiles each repeated block by itself and leaves the rest of the model to eager PyTorch: equal blocks share
-            one graph, so that the first call is a good deal shorter and a step a little longer. Where a mask is
-            computed outside of the blocks (HunyuanVideo) attention stays dense then, as `reports()` tell.
+            one graph, so that the first call is a good deal shorter and a step a little longer. A mask that is computed
+            outside of the blocks (HunyuanVideo) is looked at once a forward: if it hides more than the end of each
+            sequence, attention runs dense, with a warning.
         options: of the backend: recipe, interval, warmup, strict, debug_dir, mode, grid, memory_budget.
 
     Returns:

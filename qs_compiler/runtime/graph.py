@@ -88,8 +88,9 @@ class CompiledGraph:
 
     def __call__(self, *args: Any) -> Any:
         signal = self._signal(args) if self.dense.sites else None
-        if (reason := self._why_not(self.dense, args)) is not None:
-            self._warn_of_mask(f"dense and unquantised with this mask: {reason}")
+        kept = self._kept(args)
+        if NO_PREFIX in kept.values():
+            self._warn_of_mask("dense and in 16 bit with a mask that hides tokens before some that it keeps")
             return self._run(self._without_assumptions(args), args, Frame())
         step = None if signal is None else self._schedule.refresh_step(signal.step, signal.num_steps)
         if signal is None or step is None:
@@ -100,8 +101,8 @@ class CompiledGraph:
         refresh, sparse = self._phases(args, on_host)
         if not sparse.sites:
             return self._run(self.dense, args, Frame())
-        if (reason := self._why_not(sparse, args)) is not None:
-            self._warn_of_mask(f"dense with this mask: {reason}")
+        if any(kept.get(position, NO_PREFIX) < least for position, least in sparse.prefix_inputs.items()):
+            self._warn_of_mask("dense with a mask that hides video tokens, since its tiles need all")
             return self._run(self.dense, args, Frame())
         entries = [self._entry(signal, site, args) for site in sparse.sites]
         owners, layers = [args[site.anchor] for site in sparse.sites], signal.video.layers[signal.branch]
@@ -170,17 +171,12 @@ class CompiledGraph:
         self._report.calls[name] = self._report.calls.get(name, 0) + 1
         return variant(args, frame)
 
-    def _why_not(self, variant: Variant, args: Sequence[Any]) -> str | None:
-        """What a mask of this call has that `variant`, or a sparse step after it, takes it not to have; or None."""
-        if not variant.sites and not variant.assumes_prefixes:
-            return None
-        for position, least in variant.prefix_inputs.items():
-            kept = PREFIX_MASKS.kept(args[position], remember=not self._cuda_graphs)
-            if kept == NO_PREFIX:
-                return "it hides tokens before some that it keeps"
-            if kept < least:
-                return f"of the first {least} tokens, up to the end of the video, it keeps {kept}, and tiles need all"
-        return None
+    def _kept(self, args: Sequence[Any]) -> dict[int, int]:
+        """Position of each mask that a phase takes for a prefix -> how many tokens it keeps, or NO_PREFIX."""
+        if not self.dense.sites and not self.dense.assumes_prefixes:
+            return {}
+        remember = not self._cuda_graphs
+        return {position: PREFIX_MASKS.kept(args[position], remember) for position in self.dense.prefix_inputs}
 
     def _without_assumptions(self, args: Sequence[Any]) -> Variant:
         """The dense phase with the masks as they are; compiled at the first call that needs it."""
