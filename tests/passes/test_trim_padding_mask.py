@@ -1,4 +1,4 @@
-"""trim_padding_mask: a mask that is an argument is taken for a prefix where the runtime can check it, and nowhere else."""
+"""trim_padding_mask: a mask that is an argument counts as a prefix where the runtime can check it, and nowhere else."""
 
 from __future__ import annotations
 
