@@ -26,7 +26,7 @@ from ssar_attention import pooled_scores
 
 from qs_compiler.artifact import package_versions
 from qs_compiler.calibration.attention_call import AttentionCall
-from qs_compiler.calibration.head_fit import spread
+from qs_compiler.calibration.block_shares import spread
 from qs_compiler.demo.data import draw_scenes
 from qs_compiler.demo.metrics import mean_interval
 from qs_compiler.demo.model import load_model, sample

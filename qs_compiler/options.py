@@ -243,9 +243,14 @@ class Recipe:
         return min(self.density, *(fields.get("density", 1.0) for fields in self.overrides.values()), 1.0) < 1
 
     @property
+    def needs_places(self) -> bool:
+        """Whether the blocks cannot be chosen without knowing where tokens lie in the video."""
+        return self.mask in STATIC_MASKS or bool(self.always_keep)
+
+    @property
     def needs_grid(self) -> bool:
-        """Whether the masks depend on where tokens lie in the video."""
-        return self.token_order == "tiles" or self.mask in STATIC_MASKS or bool(self.always_keep)
+        """Whether masks gain from knowing where tokens lie in the video."""
+        return self.token_order == "tiles" or self.needs_places
 
     def for_layer(self, name: str) -> Recipe:
         """The recipe of the layer called `name`, with `keep` and `overrides` applied and dropped."""

@@ -10,14 +10,15 @@ What is missed falls with the number of blocks that a head keeps, for some heads
 for eighths of the uniform number at once, as one softmax that takes in a head's blocks in the order of their rank. The
 blocks of a layer then go where they take most off the sum over its heads (`spread`), so that its density stays.
 
-Densities and schedule are those of the recipe, masks rank by pooled q and k; the model goes on with its dense outputs.
-Some rows of a few query blocks of each attention are enough, so a run costs little more than without.
+Densities, schedule, order of tokens, masks and always-kept blocks are those of the recipe; a `mass` mask counts as
+`pooled`, since the two choose nearly alike (docs/masks.md). The model goes on with its dense outputs. Some rows of a
+few query blocks of each attention are enough, so a run costs little more than without.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import math
 from typing import Any
 
 import torch
@@ -30,8 +31,11 @@ from ..passes.sparsify_attention import MIN_BLOCKS
 from ..runtime.cache_layout import block_budget, head_limit
 from ..runtime.head_values import GAINS, SHARES
 from ..runtime.schedule import Schedule
+from ..runtime.token_layout import STATIC_MASKS, Grid, LayoutInput, TokenLayout, layout_tensor
 from ..runtime.tracker import Video, track
 from .attention_call import AttentionCall, AttentionListener
+from .block_shares import spread
+from .token_places import PlacesHeard
 
 qs = torch.ops.quantsparse
 QUERY_BLOCKS, ROWS = 8, 32  # of each attention, and of each of those blocks
@@ -61,16 +65,18 @@ class HeadFit(AttentionListener):
 
     Args:
         model: in full precision, not compiled.
-        recipe: its densities, block size, correction, interval and warm-up are those of the run to come.
+        recipe: its densities, masks, correction and schedule are those of the run to come.
+        grid: (t, h, w) of the video tokens; None: as the model's calls tell (token_places.py).
 
     Attributes:
         announced: whether an attention ran in an announced step: from others nothing can be learned.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, grid: Grid | None = None) -> None:
         super().__init__()
         self.recipe, self._model = recipe, model
         self.announced = False
+        self._places = PlacesHeard(grid)
         self._schedule = Schedule.of(recipe)
         self._tracker = track(model)
         self._path: list[str] = []  # of the modules that are running, the innermost last
@@ -127,10 +133,16 @@ class HeadFit(AttentionListener):
     def _begin(self, name: str) -> None:
         if not self._path:
             self._counts.clear()
+            self._places.forget()
         self._path.append(name)
 
     def _end(self) -> None:
         self._path.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        self._places.hear(func, args, kwargs or {}, out)
+        return out
 
     @torch.no_grad()
     def hear(self, call: AttentionCall) -> None:
@@ -139,7 +151,7 @@ class HeadFit(AttentionListener):
         if signal is None:
             return
         self.announced = True
-        query, key = call.query, call.key
+        query, key, value = call.query, call.key, call.value
         name, block = self._path[-1], self.recipe.block_size
         step = self._schedule.refresh_step(signal.step, signal.num_steps)
         if step is None or call.is_causal or not call.is_self_attention:
@@ -149,6 +161,12 @@ class HeadFit(AttentionListener):
         kv_len = _prefix(call)
         if blocks < MIN_BLOCKS or budget >= blocks or (call.attn_mask is not None and kv_len is None):
             return
+        layout = self._layout(call, kv_len)
+        if layout is None and self.recipe.needs_places:
+            return  # it stays dense
+        if layout is not None and layout.tiled:
+            order = layout_tensor(LayoutInput(layout, "order", query.device))
+            query, key, value = (x.index_select(2, order) for x in (query, key, value))
         if signal.video is not self._video:
             self._video = signal.video
             self._references.clear()
@@ -159,14 +177,13 @@ class HeadFit(AttentionListener):
         reference = self._references.get(site)
         fresh = reference is None or reference.step != step
         if fresh:
-            scores = qs.block_scores.default(query, key, kv_len, call.logit_scale, block)[:, :, chosen]
-            own = torch.eye(blocks, dtype=torch.bool, device=query.device)[chosen]
-            best = scores.masked_fill(own, torch.inf).argsort(dim=-1, descending=True, stable=True)
-            rank = best.argsort(dim=-1)
+            scores, always = self._scores(query, key, kv_len, call.logit_scale, layout, blocks)
+            ranked = scores[:, :, chosen].masked_fill(always[chosen], torch.inf)
+            rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         else:
             rank = reference.rank
         counts = [min(max(1, round(budget * units / UNITS)), blocks) for units in self._units(name)]
-        o, lse = attention_by_count(rows, key, call.value, rank, counts, kv_len, call.logit_scale, block)
+        o, lse = attention_by_count(rows, key, value, rank, counts, kv_len, call.logit_scale, block)
         kept, residual = o[:, :, :-1], o[:, :, -1:] - o[:, :, :-1]
         if fresh:
             dropped = 1 - torch.exp(torch.clamp(lse[:, :, :-1] - lse[:, :, -1:], max=0))
@@ -180,6 +197,35 @@ class HeadFit(AttentionListener):
         found = torch.stack([(a * b).sum((0, 3, 4)) for a, b in pairs]).double()
         old = self._sums.get(name)
         self._sums[name] = found if old is None else old.to(found.device) + found
+
+    def _layout(self, call: AttentionCall, kv_len: torch.Tensor | None) -> TokenLayout | None:
+        """Where the tokens lie, if the recipe has a use for it; tokens stay in rows where the padding hides some."""
+        if not self.recipe.needs_grid:
+            return None
+        layout = self._places.layout(len(call.query), call.query.shape[2], self.recipe)
+        if layout is None or kv_len is None or bool((kv_len >= layout.start + math.prod(layout.grid)).all()):
+            return layout
+        return dataclasses.replace(layout, tiled=False)
+
+    def _scores(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        kv_len: torch.Tensor | None,
+        scale: float,
+        layout: TokenLayout | None,
+        blocks: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a refresh ranks by, (B, H, blocks, blocks), and the blocks that it keeps whatever their rank."""
+        recipe, device = self.recipe, query.device
+        if layout is not None and recipe.mask in STATIC_MASKS:
+            static = layout_tensor(LayoutInput(layout, recipe.mask, device))
+            scores = static.expand(*query.shape[:2], *static.shape)
+        else:
+            scores = qs.block_scores.default(query, key, kv_len, scale, recipe.block_size)
+        if layout is not None and recipe.always_keep:
+            return scores, layout_tensor(LayoutInput(layout, "always_kept", device, recipe.always_keep))
+        return scores, torch.eye(blocks, dtype=torch.bool, device=device)
 
 
 def attention_by_count(
@@ -227,40 +273,6 @@ def attention_by_count(
             sums.append(shift.flatten() + torch.log(mass))
     o, lse = (torch.stack(x).unflatten(0, q.shape[:2]) for x in (outputs, sums))
     return o, lse
-
-
-def spread(missed: torch.Tensor, total: int) -> torch.Tensor:
-    """Numbers (H,) from 1 to C that sum to `total` and make the sum of `missed` over the heads least.
-
-    Args:
-        missed: (H, C), what a head misses with 1, 2, ... C; falling. Where a head's row is not convex, the greatest
-            convex function below it counts, so that a step that brings little is seen with those behind it.
-        total: from H to H C.
-    """
-    brings = -torch.stack([_convex(row) for row in missed]).diff(dim=1)
-    found = torch.ones(len(missed), dtype=torch.long)
-    heads = torch.arange(len(missed))
-    for _ in range(total - len(missed)):
-        full = found > brings.shape[1]
-        following = brings[heads, (found - 1).clamp(max=brings.shape[1] - 1)].masked_fill(full, -torch.inf)
-        found[found.masked_fill(following < following.max(), total).argmin()] += 1  # of equals the one with least
-    return found
-
-
-def _convex(row: torch.Tensor) -> torch.Tensor:
-    """The greatest convex function below a row of values."""
-    corners = [0]
-    for i in range(1, len(row)):
-        while len(corners) > 1:
-            a, b = corners[-2:]
-            if (row[i] - row[a]) * (b - a) > (row[b] - row[a]) * (i - a):
-                break
-            corners.pop()
-        corners.append(i)
-    found = row.clone()
-    for a, b in itertools.pairwise(corners):
-        found[a : b + 1] = torch.linspace(float(row[a]), float(row[b]), b - a + 1, dtype=row.dtype)
-    return found
 
 
 def _prefix(call: AttentionCall) -> torch.Tensor | None:

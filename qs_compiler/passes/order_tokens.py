@@ -25,11 +25,11 @@ import torch
 from torch import fx
 
 from .. import _compat
-from ..runtime.token_layout import Grid, LayoutInput, TokenLayout
+from ..runtime.token_layout import Grid, LayoutInput, TokenLayout, part_start, patch_grid
 from .base import GraphPass, PassContext, PassResult, Phase, call, upstream
 
 aten = torch.ops.aten
-_CONVOLUTIONS = {3: (aten.conv3d.default, aten.conv3d.padding), 2: (aten.conv2d.default, aten.conv2d.padding)}
+_CONVOLUTIONS = (aten.conv3d.default, aten.conv3d.padding, aten.conv2d.default, aten.conv2d.padding)
 _SEEN_THROUGH = 4000  # nodes upstream of q that are searched for a cat
 
 
@@ -95,21 +95,20 @@ def find_layout(graph: fx.Graph, node: fx.Node, context: PassContext) -> TokenLa
         start = 0 if length == tokens else video_start(q, length, tokens)
         if start is not None:
             if tiled and "kv_len" in node.meta and not _keeps(node.meta["kv_len"], start + length, context):
-                return "the graph does not prove that the padding mask hides no video token"
+                if not recipe.needs_places:
+                    return "the graph does not prove that the padding mask hides no video token"
+                tiled = False
             return TokenLayout(tokens, grid, start, recipe.block_size, tiled)
     return f"{tokens} tokens are not the grid {'x'.join(map(str, grids[-1]))}, nor a cat of it and text"
 
 
 def patch_grids(graph: fx.Graph, batch: int) -> Iterator[Grid]:
     """(t, h, w) of the outputs of convolutions that may be a patch embedding."""
-    for dims, targets in _CONVOLUTIONS.items():
-        for target in targets:
-            for node in graph.find_nodes(op="call_function", target=target):
-                shape = [_compat.static_hint(size) for size in node.meta["val"].shape]
-                if dims == 3 and len(shape) == 5:
-                    yield shape[2], shape[3], shape[4]
-                elif dims == 2 and len(shape) == 4 and shape[0] % batch == 0:
-                    yield shape[0] // batch, shape[2], shape[3]
+    for target in _CONVOLUTIONS:
+        for node in graph.find_nodes(op="call_function", target=target):
+            grid = patch_grid([_compat.static_hint(size) for size in node.meta["val"].shape], batch)
+            if grid is not None:
+                yield grid
 
 
 def video_start(q: fx.Node, length: int, tokens: int) -> int | None:
@@ -142,7 +141,4 @@ def _is_longer(kv_len: fx.Node, end: int) -> bool:
 
 def _part_of(cat: fx.Node, length: int, tokens: int) -> int | None:
     dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
-    sizes = [_compat.static_hint(part.meta["val"].shape[dim]) for part in cat.args[0]]
-    if sum(sizes) != tokens or sizes.count(length) != 1:
-        return None
-    return sum(sizes[: sizes.index(length)])
+    return part_start([_compat.static_hint(part.meta["val"].shape[dim]) for part in cat.args[0]], length, tokens)

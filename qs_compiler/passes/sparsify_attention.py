@@ -59,8 +59,8 @@ class SparsifyAttention(GraphPass):
             anchor = None if reason else find_anchor(node.args[0], context)
             if reason is None and anchor is None:
                 reason = "no weight of the graph says which layer this is"
-            needs = context.recipe.mask if context.recipe.mask in STATIC_MASKS else context.recipe.always_keep
-            if reason is None and needs and "token_layout" not in node.meta:
+            if reason is None and context.recipe.needs_places and "token_layout" not in node.meta:
+                needs = context.recipe.mask if context.recipe.mask in STATIC_MASKS else context.recipe.always_keep
                 reason = f"{needs!r} needs the places of the tokens, which order_tokens did not find"
             if reason is not None:
                 result.skip(node, reason)

@@ -22,6 +22,22 @@ STATIC_MASKS = ("spatial", "temporal", "radial")
 ALWAYS_KEPT = ("text", "first_frame", "neighbourhood")
 
 
+def patch_grid(shape: Sequence[int], batch: int) -> Grid | None:
+    """(t, h, w) if a convolution's output of `shape` is a patch embedding: of a video, or of its frames one by one."""
+    if len(shape) == 5:
+        return shape[2], shape[3], shape[4]
+    if len(shape) == 4 and shape[0] % batch == 0:
+        return shape[0] // batch, shape[2], shape[3]
+    return None
+
+
+def part_start(sizes: Sequence[int], length: int, tokens: int) -> int | None:
+    """Where the one part of `length` begins in a cat of parts of `sizes`, `tokens` in all; None in any other cat."""
+    if sum(sizes) != tokens or sizes.count(length) != 1:
+        return None
+    return sum(sizes[: sizes.index(length)])
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
     """The places of a sequence's tokens.

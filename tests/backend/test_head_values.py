@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import qs_compiler as qs
 from qs_compiler.calibration import head_fit
-from qs_compiler.calibration.head_fit import QUERY_BLOCKS, HeadFit, attention_by_count, spread
+from qs_compiler.calibration.block_shares import spread
+from qs_compiler.calibration.head_fit import QUERY_BLOCKS, HeadFit, attention_by_count
 from qs_compiler.errors import ArtifactError, UnsupportedError
 from qs_compiler.runtime.cache_layout import cache_bytes, head_limit, most_blocks
 from qs_compiler.runtime.head_values import BUFFERS, DEFAULT_GAIN, GAINS, SHARES, budgets_of, gains_of, rounded_budgets
