@@ -95,6 +95,9 @@ def all_rows() -> dict[str, Row]:
             rows += [_varied(form, percent, attention, attention=attention) for attention in ("int8-fp8", "int8")]
     for percent in (25, 15):
         rows += [_varied("off", percent, name, **fields) for name, fields in MASKS.items()]
+    for percent in (25, 15, 40):
+        for form in ("off", "w4a8"):
+            rows += [_in_tiles(form, percent, kind) for kind in ("by_head", "none", "first_order")]
     for name in ("w4a8", "w4a4", "w8a8"):
         rows.append(Row(f"{name}/default/compiled", Recipe.parse(name), STAGES["default"], compiled=True))
     for form in ("off", "w4a8"):
@@ -105,7 +108,7 @@ def all_rows() -> dict[str, Row]:
 
 def _sparse(form: str, percent: int, kind: str, grid: str) -> Row:
     base = Recipe.parse(f"{form}-d{percent}")
-    recipe = dataclasses.replace(base, **{"budgets": "uniform", **SPARSE[kind]})
+    recipe = dataclasses.replace(base, **{"budgets": "uniform", "token_order": "rows", **SPARSE[kind]})
     calibration = None if kind == "naive" or form == "off" else STAGES["default"]
     prefix = "large/" if grid == "large" else ""
     name = f"{prefix}{form}-d{percent}/{kind}"
@@ -116,3 +119,10 @@ def _varied(form: str, percent: int, name: str, **fields: Any) -> Row:
     """The mixture with the default gain and other fields of the recipe."""
     row = _sparse(form, percent, "mixture-0.25", "small")
     return dataclasses.replace(row, name=f"{row.name}/{name}", recipe=dataclasses.replace(row.recipe, **fields))
+
+
+def _in_tiles(form: str, percent: int, kind: str) -> Row:
+    row = _sparse(form, percent, kind, "small")
+    return dataclasses.replace(
+        row, name=f"{row.name}/tiles", recipe=dataclasses.replace(row.recipe, token_order="tiles")
+    )
