@@ -70,7 +70,7 @@ class SsarBench(Bench):
         key = (row.method.density, interval)
         if key not in self._gains:
             fields = {"density": key[0], "interval": interval, "warmup": WARMUP / STEPS}
-            recipe = qs.Recipe(format="off", budgets="uniform", **fields)
+            recipe = qs.Recipe(format="off", budgets="uniform", token_order="rows", **fields)
             captions = draw_scenes(FIT_CLIPS, TRAINING_SEED).captions()
             with HeadFit(self.model, recipe) as fit, qs.denoising(self.model, STEPS) as run:
                 options = dataclasses.asdict(self.setting(str(STEPS)))

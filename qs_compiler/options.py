@@ -80,7 +80,8 @@ class Recipe:
             video; or places alone: `spatial` or `temporal` bands, `radial` decay (runtime/token_layout.py).
         budgets: key blocks of each head: `uniform`, or `fitted` by calibration: as many in a layer, shared out to the
             heads that need them most (uniform until they are fitted; docs/masks.md).
-        token_order: of the blocks: `rows` of the video, or `tiles`, boxes of it (docs/masks.md).
+        token_order: of the blocks: `rows` of the video, or `tiles`, boxes of it, where its (t, h, w) grid is known
+            (docs/masks.md).
         always_keep: sets of key blocks that are kept whatever their rank, within the density: `text`, `first_frame`,
             `neighbourhood`. A query block's own key block always is.
         correction: of the sparse attention: `none`, `first_order` (the cached residual), `second_order` (SSAR of
@@ -116,7 +117,7 @@ class Recipe:
     block_size: int = 128
     mask: Literal["pooled", "mass", "spatial", "temporal", "radial"] = "pooled"
     budgets: Literal["uniform", "fitted"] = "fitted"
-    token_order: Literal["rows", "tiles"] = "rows"
+    token_order: Literal["rows", "tiles"] = "tiles"
     always_keep: tuple[str, ...] = ()
     correction: Literal["none", "first_order", "second_order", "complement", "mixture"] = "mixture"
     gain: Literal["0", "1", "k/tau", "clipped"] = "k/tau"

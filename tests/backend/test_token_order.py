@@ -32,7 +32,7 @@ def run_model(name: str, options: dict, **recipe: object) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_order_moves_roundings_alone_in_refreshes(name: str) -> None:
     options = {"grid": (5, 8, 8)} if name == "ltx" else {}
-    rows = run_model(name, options)
+    rows = run_model(name, options, token_order="rows")
     found = run_model(name, options, **RECIPES[name])
     report = qs.reports()[-1]
     ordered, sites = (
