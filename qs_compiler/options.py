@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import OptionError, RecipeError, nearest
 from .runtime.schedule import DEFAULT_INTERVAL
-from .runtime.token_layout import ALWAYS_KEPT, STATIC_MASKS, Grid
+from .runtime.seen_grid import Grid
+from .runtime.token_layout import ALWAYS_KEPT, STATIC_MASKS
 
 if TYPE_CHECKING:
     from .artifact import Artifact

@@ -21,6 +21,7 @@ from .options import BackendOptions, Recipe
 from .packed_linear import PackedLinear
 from .packing import PackedWeight, why_not
 from .runtime.head_values import check_head_values, give_head_values, has_shares, leave_no_room
+from .runtime.seen_grid import watch
 from .runtime.tracker import modules_of, track
 
 EXPERTS = ("transformer", "transformer_2")
@@ -118,6 +119,8 @@ def compile_attached(module: nn.Module, options: BackendOptions, compile: bool |
         leave_no_room(module)
         options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, budgets="uniform"))
     lists, chosen = repeated_lists(module) if compile == "blocks" else (), _compile_options(options)
+    if lists and options.recipe.sparse and options.recipe.needs_grid:
+        watch(module, lists)
     for part in [block for name in lists for block in module.get_submodule(name[:-1]).children()] or [module]:
         part.compile(backend=quantsparse_attached, options=chosen)
     _COMPILED.add(module)

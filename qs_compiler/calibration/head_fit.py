@@ -31,7 +31,8 @@ from ..passes.sparsify_attention import MIN_BLOCKS
 from ..runtime.cache_layout import block_budget, head_limit
 from ..runtime.head_values import GAINS, SHARES
 from ..runtime.schedule import Schedule
-from ..runtime.token_layout import STATIC_MASKS, Grid, LayoutInput, TokenLayout, layout_tensor
+from ..runtime.seen_grid import Grid
+from ..runtime.token_layout import STATIC_MASKS, LayoutInput, TokenLayout, layout_tensor
 from ..runtime.tracker import Video, track
 from .attention_call import AttentionCall, AttentionListener
 from .block_shares import spread

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ..options import Recipe
-from ..runtime.token_layout import Grid, TokenLayout, part_start, patch_grid
+from ..runtime.seen_grid import Grid
+from ..runtime.token_layout import TokenLayout, part_start, patch_grid
 
 _CONVOLUTIONS = {torch.conv2d, torch.conv3d}
 _CATS = {torch.cat, torch.concat, torch.concatenate}

@@ -12,7 +12,8 @@ Attention does not depend on the order of its tokens, so this moves roundings al
 and its inverse are graph inputs. The gathers are pointwise reads for Inductor: those of q, k and v fuse with what makes
 them, that of o with what reads it. What lies in the caches is in the order of the blocks in both phases.
 
-The grid (t, h, w) is the option `grid`, else the output of the patch embedding: a conv3d, or a conv2d over frames. A
+The grid (t, h, w) is the option `grid`, else the output of the patch embedding: a conv3d, or a conv2d over frames; in a
+graph without one that of the graph before it, or of the eager model around a block (runtime/seen_grid.py). A
 sequence longer than the grid holds text too; the graph must show where, by a cat with a part as long as the grid.
 """
 
@@ -25,7 +26,8 @@ import torch
 from torch import fx
 
 from .. import _compat
-from ..runtime.token_layout import Grid, LayoutInput, TokenLayout, part_start, patch_grid
+from ..runtime.seen_grid import Grid, seen
+from ..runtime.token_layout import LayoutInput, TokenLayout, part_start, patch_grid
 from .base import GraphPass, PassContext, PassResult, Phase, call, upstream
 
 aten = torch.ops.aten
@@ -87,8 +89,11 @@ def find_layout(graph: fx.Graph, node: fx.Node, context: PassContext) -> TokenLa
     batch, tokens = (_compat.static_hint(q.meta["val"].shape[i]) for i in (0, 2))
     given = context.options.grid
     grids = [given] if given is not None else list(patch_grids(graph, batch))
+    followed = not grids
+    if followed:
+        grids = [grid for shape in seen() if (grid := patch_grid(shape, batch)) is not None]
     if not grids:
-        return "no patch embedding in the graph tells the (t, h, w) grid; give the option `grid`"
+        return "no patch embedding in or before the graph tells the (t, h, w) grid; give the option `grid`"
     tiled = recipe.token_order == "tiles"
     for grid in grids:
         length = math.prod(grid)
@@ -98,17 +103,20 @@ def find_layout(graph: fx.Graph, node: fx.Node, context: PassContext) -> TokenLa
                 if not recipe.needs_places:
                     return "the graph does not prove that the padding mask hides no video token"
                 tiled = False
-            return TokenLayout(tokens, grid, start, recipe.block_size, tiled)
+            return TokenLayout(tokens, grid, start, recipe.block_size, tiled, followed)
     return f"{tokens} tokens are not the grid {'x'.join(map(str, grids[-1]))}, nor a cat of it and text"
+
+
+def patch_shapes(graph: fx.Graph) -> list[torch.Size]:
+    """Shapes of the outputs of convolutions."""
+    return [n.meta["val"].shape for t in _CONVOLUTIONS for n in graph.find_nodes(op="call_function", target=t)]
 
 
 def patch_grids(graph: fx.Graph, batch: int) -> Iterator[Grid]:
     """(t, h, w) of the outputs of convolutions that may be a patch embedding."""
-    for target in _CONVOLUTIONS:
-        for node in graph.find_nodes(op="call_function", target=target):
-            grid = patch_grid([_compat.static_hint(size) for size in node.meta["val"].shape], batch)
-            if grid is not None:
-                yield grid
+    for shape in patch_shapes(graph):
+        if (grid := patch_grid([_compat.static_hint(size) for size in shape], batch)) is not None:
+            yield grid
 
 
 def video_start(q: fx.Node, length: int, tokens: int) -> int | None:

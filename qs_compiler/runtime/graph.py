@@ -17,6 +17,7 @@ from ..capture import Capture, Kind
 from ..dump import Report
 from ..errors import UnsupportedError
 from ..passes.base import AttentionSite, PassContext, Phase
+from ..passes.order_tokens import patch_shapes
 from .cache_layout import Slot, cache_slots
 from .caches import CacheEntry, Frame, tensor_version
 from .implicit import ImplicitSignal
@@ -24,6 +25,7 @@ from .inputs import Cached, Packed, Provider
 from .placement import Demand, belongs_on_host
 from .prefix_masks import NO_PREFIX, PREFIX_MASKS
 from .schedule import Decision, Schedule
+from .seen_grid import see
 from .tracker import Signal, is_announced, signal_of
 from .weights import packs_for_call
 
@@ -77,6 +79,8 @@ class CompiledGraph:
         self._cuda_graphs = bool(_compat.mode_patches(options.mode).get("triton.cudagraphs"))
         self._spares: dict[Hashable, Any] = {}
         self._inputs = capture.placeholders
+        wanted = options.recipe.sparse and options.recipe.needs_grid
+        self._patches = patch_shapes(capture.module.graph) if wanted else []
         self._sizes = [i for i, x in enumerate(capture.inputs) if x.kind is Kind.SIZE]
         self._demands: dict[tuple[int, ...], Demand] = {}
         self._variants: dict[tuple[Any, ...], tuple[Variant, Variant]] = {}
@@ -87,6 +91,8 @@ class CompiledGraph:
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
+        if self._patches:
+            see(_compat.concrete_shape(shape, self._inputs, args) for shape in self._patches)
         signal = self._signal(args) if self.dense.sites else None
         kept = self._kept(args)
         if NO_PREFIX in kept.values():

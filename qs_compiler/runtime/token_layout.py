@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .seen_grid import Grid, current_grid
+
 if TYPE_CHECKING:
     from .caches import Frame
 
-Grid = tuple[int, int, int]
 STATIC_MASKS = ("spatial", "temporal", "radial")
 ALWAYS_KEPT = ("text", "first_frame", "neighbourhood")
 
@@ -48,6 +49,7 @@ class TokenLayout:
         start: position of the first of them.
         block_size: tokens of a block.
         tiled: the video tokens are in the order of `tile_order`, else row by row.
+        followed: the grid is that of the forward in which the graph was compiled, and follows that of the running one.
     """
 
     tokens: int
@@ -55,6 +57,7 @@ class TokenLayout:
     start: int
     block_size: int
     tiled: bool
+    followed: bool = False
 
     def order(self) -> torch.Tensor:
         """(tokens,) int64: the token at each position. Text and padding stay where they are."""
@@ -168,7 +171,10 @@ class LayoutInput:
     sets: tuple[str, ...] = ()
 
     def resolve(self, args: Sequence[Any], frame: Frame) -> torch.Tensor:
-        return layout_tensor(self)
+        if not self.layout.followed:
+            return layout_tensor(self)
+        layout = dataclasses.replace(self.layout, grid=current_grid(self.layout.grid))
+        return layout_tensor(dataclasses.replace(self, layout=layout))
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,6 +18,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import SignalError
+from . import seen_grid
 from .caches import CacheEntry
 from .head_values import note_head_values
 from .schedule import Decision
@@ -98,6 +99,7 @@ class ModelTracker:
     def set(self, signal: Signal | None) -> None:
         """Announce the forward that comes next in this thread."""
         self._local.current = (signal, self._epoch)
+        seen_grid.forget()
         if signal is not None:
             self.heard = True
             signal.video.begin_call()

@@ -50,7 +50,7 @@ def test_an_unknown_grid_leaves_rows_and_says_so() -> None:
     report = qs.reports()[-1]
     assert report.calls["sparse"] == 1
     assert {reason for _, reason in report.skipped("order_tokens")} == {
-        "no patch embedding in the graph tells the (t, h, w) grid; give the option `grid`"
+        "no patch embedding in or before the graph tells the (t, h, w) grid; give the option `grid`"
     }
 
 
@@ -58,3 +58,34 @@ def test_an_unknown_grid_leaves_rows_and_says_so() -> None:
 def test_more_always_kept_than_the_budget_is_an_error() -> None:
     with pytest.raises(qs.QuantSparseError, match=r"always_keep=\['neighbourhood'\] keeps \d+ of 9 key blocks"):
         run_model("wan", {}, always_keep=["neighbourhood"], density=0.2, token_order="tiles")
+
+
+@pytest.mark.usefixtures("eager_graphs")
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox"])
+def test_blocks_compiled_apart_take_the_grid_of_the_model_around_them(name: str) -> None:
+    """A wide and a tall video of as many tokens run through one graph, in tiles of their own."""
+
+    def denoise(compile: bool | str, sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        model, inputs = make(name)
+        qs.attach(model, recipe=SPARSE, compile=compile)
+        outputs = []
+        for height, width in sizes:
+            torch.manual_seed(height)
+            given = {**inputs, "hidden_states": torch.randn(*inputs["hidden_states"].shape[:3], height, width)}
+            with torch.no_grad(), qs.denoising(model, STEPS) as run:
+                for i in range(STEPS):
+                    run.step(i)
+                    outputs.append(model(**at_step(given, i, STEPS))[0])
+        return outputs
+
+    sizes = [(8, 32), (32, 8)] if name != "hunyuan" else [(4, 16), (16, 4)]
+    count = len(qs.reports())
+    found = denoise("blocks", sizes)
+    reports = qs.reports()[count:]
+    assert all(p.matched == 1 for r in reports for p in r.passes if p.name == "order_tokens")
+    sparse, refresh = (sum(r.calls[phase] for r in reports) for phase in ("sparse", "refresh"))
+    assert sparse == refresh > 0 and len(reports) <= 3
+    for number, size in enumerate(sizes):
+        for a, b in zip(found[STEPS * number :], denoise(True, [size]), strict=False):
+            assert relative_error(a, b) < 1e-5

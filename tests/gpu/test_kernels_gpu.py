@@ -133,8 +133,8 @@ def test_every_element_of_many_tiles(code, after, dtype):
     sums = torch.mm(xq.to(bf16), wq.to(bf16).T, out_dtype=torch.float32)  # bfloat16 holds the codes
     product = (sums * xs[:, None] * ws + bias).to(dtype)
     wanted = EPILOGUES[after](product, gate, residual).float()
-    # float8 sums of this depth err by 0.7 % of the largest; what follows enlarges that, and the plain form rounds each of
-    # its up to three steps, which the kernel does not. int8 in float32 is exact.
+    # float8 sums of this depth err by 0.7 % of the largest. What follows enlarges that, and the plain form rounds each
+    # of its up to three steps, which the kernel does not. int8 in float32 is exact.
     large = product.abs() + product.float().norm() / product.numel() ** 0.5
     limit = (0.01 + 2 * torch.finfo(dtype).eps) * EPILOGUES[after](large, gate.abs(), residual.abs()).float()
 

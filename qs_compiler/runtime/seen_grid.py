@@ -1,0 +1,64 @@
+"""What the patch embedding of the running forward has made, for graphs that lie behind it.
+
+A graph of a single block, or one behind a graph break, does not hold the patch embedding. It runs in the same forward
+and thread, though, after it: what that made is remembered for the thread until the next step is announced.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+Grid = tuple[int, int, int]
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+
+
+class _Seen(threading.local):
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+
+_SEEN = _Seen()
+
+
+def see(shapes: Iterable[tuple[int, ...]]) -> None:
+    """The convolutions of a forward have made tensors of these shapes."""
+    _SEEN.shapes = tuple(tuple(shape) for shape in shapes)
+
+
+def forget() -> None:
+    """Another forward begins."""
+    _SEEN.shapes = ()
+
+
+def seen() -> tuple[tuple[int, ...], ...]:
+    """Shapes of what the convolutions of this thread's forward made."""
+    return _SEEN.shapes
+
+
+def current_grid(grid: Grid) -> Grid:
+    """The grid of the running forward, if it has as many tokens as `grid`; else `grid`.
+
+    One graph serves a wide and a tall video of as many tokens.
+    """
+    length = math.prod(grid)
+    for shape in _SEEN.shapes:
+        height, width = shape[-2:]
+        if length % (height * width) == 0 and (len(shape) == 4 or math.prod(shape[2:]) == length):
+            return length // (height * width), height, width
+    return grid
+
+
+def watch(module: nn.Module, apart: tuple[str, ...]) -> None:
+    """Look on at the convolutions of a module that is not compiled as a whole, but for those in the lists `apart`."""
+    module.register_forward_pre_hook(lambda *_: forget())
+    for name, part in module.named_modules():
+        if isinstance(part, _CONVOLUTIONS) and not f"{name}.".startswith(apart):
+            part.register_forward_hook(_add)
+
+
+def _add(module: nn.Module, args: object, out: torch.Tensor) -> None:
+    see((*seen(), out.shape))
