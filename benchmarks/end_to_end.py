@@ -292,7 +292,7 @@ def name_of(what: str, args: argparse.Namespace) -> str:
     recipe = recipe_of(what, args)
     extras = {"embedders int8": args.embedders, f"mode {args.mode}": args.mode, "blocks in host memory": args.offload}
     extras["blocks compiled apart"] = args.each_block
-    extras["tokens in tiles"] = recipe.token_order == "tiles"
+    extras["tokens in tiles"] = recipe.sparse and recipe.token_order == "tiles"
     extras[f"under {args.memory_cap_gib} GiB"] = args.memory_cap_gib is not None
     extras[f"caches within {args.cache_gib} GiB"] = args.cache_gib is not None
     extras = {f"{recipe.cache_format} caches": recipe.density < 1, **extras}

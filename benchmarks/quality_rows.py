@@ -97,7 +97,8 @@ def all_rows() -> dict[str, Row]:
         rows += [_varied("off", percent, name, **fields) for name, fields in MASKS.items()]
     for percent in (25, 15, 40):
         for form in ("off", "w4a8"):
-            rows += [_in_tiles(form, percent, kind) for kind in ("by_head", "none", "first_order")]
+            kinds = ("by_head", "none", "first_order")
+            rows += [_varied(form, percent, "tiles", kind, **MASKS["tiles"]) for kind in kinds]
     for name in ("w4a8", "w4a4", "w8a8"):
         rows.append(Row(f"{name}/default/compiled", Recipe.parse(name), STAGES["default"], compiled=True))
     for form in ("off", "w4a8"):
@@ -115,14 +116,7 @@ def _sparse(form: str, percent: int, kind: str, grid: str) -> Row:
     return Row(name, recipe, calibration, grid, compiled=True, fitted=kind in ("mixture", "by_head"))
 
 
-def _varied(form: str, percent: int, name: str, **fields: Any) -> Row:
-    """The mixture with the default gain and other fields of the recipe."""
-    row = _sparse(form, percent, "mixture-0.25", "small")
-    return dataclasses.replace(row, name=f"{row.name}/{name}", recipe=dataclasses.replace(row.recipe, **fields))
-
-
-def _in_tiles(form: str, percent: int, kind: str) -> Row:
+def _varied(form: str, percent: int, name: str, kind: str = "mixture-0.25", **fields: Any) -> Row:
+    """A kind of SPARSE, the mixture with the default gain, with other fields of the recipe."""
     row = _sparse(form, percent, kind, "small")
-    return dataclasses.replace(
-        row, name=f"{row.name}/tiles", recipe=dataclasses.replace(row.recipe, token_order="tiles")
-    )
+    return dataclasses.replace(row, name=f"{row.name}/{name}", recipe=dataclasses.replace(row.recipe, **fields))

@@ -324,7 +324,9 @@ def static_hint(value: Any) -> int:
 
 
 def concrete_shape(shape: Sequence[Any], placeholders: Sequence[fx.Node], args: Sequence[Any]) -> tuple[int, ...]:
-    """A shape of a dynamic graph for one call: symbols take the values of the size inputs that carry them."""
+    """A shape of a graph for one call: symbols take the values of the size inputs that carry them."""
+    if not any(isinstance(s, torch.SymInt) for s in shape):
+        return tuple(int(s) for s in shape)
     sizes = {
         p.meta["val"].node.expr: value
         for p, value in zip(placeholders, args, strict=True)

@@ -251,8 +251,8 @@ class Recipe:
 
     @property
     def needs_grid(self) -> bool:
-        """Whether masks gain from knowing where tokens lie in the video."""
-        return self.token_order == "tiles" or self.needs_places
+        """Whether sparse attention gains from knowing where tokens lie in the video."""
+        return self.sparse and (self.token_order == "tiles" or self.needs_places)
 
     def for_layer(self, name: str) -> Recipe:
         """The recipe of the layer called `name`, with `keep` and `overrides` applied and dropped."""

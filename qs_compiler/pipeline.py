@@ -119,7 +119,7 @@ def compile_attached(module: nn.Module, options: BackendOptions, compile: bool |
         leave_no_room(module)
         options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, budgets="uniform"))
     lists, chosen = repeated_lists(module) if compile == "blocks" else (), _compile_options(options)
-    if lists and options.recipe.sparse and options.recipe.needs_grid:
+    if lists and options.recipe.needs_grid:
         watch(module, lists)
     for part in [block for name in lists for block in module.get_submodule(name[:-1]).children()] or [module]:
         part.compile(backend=quantsparse_attached, options=chosen)

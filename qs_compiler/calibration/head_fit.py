@@ -30,6 +30,7 @@ from ..options import Recipe
 from ..passes.sparsify_attention import MIN_BLOCKS
 from ..runtime.cache_layout import block_budget, head_limit
 from ..runtime.head_values import GAINS, SHARES
+from ..runtime.prefix_masks import NO_PREFIX, shortest_prefix
 from ..runtime.schedule import Schedule
 from ..runtime.seen_grid import Grid
 from ..runtime.token_layout import STATIC_MASKS, LayoutInput, TokenLayout, layout_tensor
@@ -281,6 +282,6 @@ def _prefix(call: AttentionCall) -> torch.Tensor | None:
     if call.attn_mask is None or not call.masks_keys_alone:
         return None
     keys = call.attn_mask[:, 0, 0]
-    if bool((keys[:, 1:] & ~keys[:, :-1]).any()):
+    if shortest_prefix(keys) == NO_PREFIX:
         return None
     return keys.sum(-1, dtype=torch.int32).expand(len(call.query))

@@ -7,14 +7,14 @@ and the last cat with a part as long as the grid says where the video begins in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..options import Recipe
 from ..runtime.seen_grid import Grid
-from ..runtime.token_layout import TokenLayout, part_start, patch_grid
+from ..runtime.token_layout import TokenLayout, part_start, patch_grids
 
 _CONVOLUTIONS = {torch.conv2d, torch.conv3d}
 _CATS = {torch.cat, torch.concat, torch.concatenate}
@@ -49,18 +49,11 @@ class PlacesHeard:
 
     def layout(self, batch: int, tokens: int, recipe: Recipe) -> TokenLayout | None:
         """The places of a sequence of `tokens` in the order of `recipe`, or None where nothing tells them."""
-        for grid in self._grids(batch):
+        grids = [self._given] if self._given is not None else patch_grids(self._patches, batch)
+        for grid in grids:
             length = math.prod(grid)
             starts = (part_start(sizes, length, tokens) for sizes in reversed(self._cats))
             start = 0 if length == tokens else next((s for s in starts if s is not None), None)
             if start is not None:
                 return TokenLayout(tokens, grid, start, recipe.block_size, recipe.token_order == "tiles")
         return None
-
-    def _grids(self, batch: int) -> Iterator[Grid]:
-        if self._given is not None:
-            yield self._given
-            return
-        for shape in self._patches:
-            if (grid := patch_grid(shape, batch)) is not None:
-                yield grid

@@ -20,14 +20,13 @@ sequence longer than the grid holds text too; the graph must show where, by a ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from .. import _compat
-from ..runtime.seen_grid import Grid, seen
-from ..runtime.token_layout import LayoutInput, TokenLayout, part_start, patch_grid
+from ..runtime.seen_grid import seen
+from ..runtime.token_layout import LayoutInput, TokenLayout, part_start, patch_grids
 from .base import GraphPass, PassContext, PassResult, Phase, call, upstream
 
 aten = torch.ops.aten
@@ -45,7 +44,7 @@ class OrderTokens(GraphPass):
         from .sparsify_attention import why_not
 
         result, recipe = PassResult(), context.recipe
-        if not recipe.sparse or not recipe.needs_grid:
+        if not recipe.needs_grid:
             return result
         for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             if why_not(node, context) is not None:
@@ -88,10 +87,11 @@ def find_layout(graph: fx.Graph, node: fx.Node, context: PassContext) -> TokenLa
     q, recipe = node.args[0], context.recipe
     batch, tokens = (_compat.static_hint(q.meta["val"].shape[i]) for i in (0, 2))
     given = context.options.grid
-    grids = [given] if given is not None else list(patch_grids(graph, batch))
+    own = [[_compat.static_hint(size) for size in shape] for shape in patch_shapes(graph)]
+    grids = [given] if given is not None else patch_grids(own, batch)
     followed = not grids
     if followed:
-        grids = [grid for shape in seen() if (grid := patch_grid(shape, batch)) is not None]
+        grids = patch_grids(seen(), batch)
     if not grids:
         return "no patch embedding in or before the graph tells the (t, h, w) grid; give the option `grid`"
     tiled = recipe.token_order == "tiles"
@@ -110,13 +110,6 @@ def find_layout(graph: fx.Graph, node: fx.Node, context: PassContext) -> TokenLa
 def patch_shapes(graph: fx.Graph) -> list[torch.Size]:
     """Shapes of the outputs of convolutions."""
     return [n.meta["val"].shape for t in _CONVOLUTIONS for n in graph.find_nodes(op="call_function", target=t)]
-
-
-def patch_grids(graph: fx.Graph, batch: int) -> Iterator[Grid]:
-    """(t, h, w) of the outputs of convolutions that may be a patch embedding."""
-    for shape in patch_shapes(graph):
-        if (grid := patch_grid([_compat.static_hint(size) for size in shape], batch)) is not None:
-            yield grid
 
 
 def video_start(q: fx.Node, length: int, tokens: int) -> int | None:

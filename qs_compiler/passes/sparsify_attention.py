@@ -37,7 +37,7 @@ from ..runtime.token_layout import STATIC_MASKS
 from .base import AttentionSite, GraphPass, PassContext, PassResult, Phase, call, splice, upstream
 from .cache_inputs import cache_input
 from .choose_blocks import BlockChoice, always_kept, block_lists
-from .trim_padding_mask import attention_mask
+from .trim_padding_mask import attention_mask, is_self_attention
 
 aten, qs = torch.ops.aten, torch.ops.quantsparse
 MIN_BLOCKS = 4  # fewer key blocks than this leave nothing to choose
@@ -132,7 +132,7 @@ class SparsifyAttention(GraphPass):
 
 def why_not_ours(node: fx.Node) -> str | None:
     """Why an attention is none that the ops of this package compute, or None."""
-    q, k = node.args[0].meta["val"], node.args[1].meta["val"]
+    q = node.args[0].meta["val"]
     named = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False)), **node.kwargs}
     if named.get("is_causal"):
         return "causal attention"
@@ -142,7 +142,7 @@ def why_not_ours(node: fx.Node) -> str | None:
         return "an attention mask that is not a prefix"
     if q.dim() != 4:
         return f"q has {q.dim()} dimensions, not (batch, heads, tokens, head_dim)"
-    if _compat.static_hint(q.shape[2]) != _compat.static_hint(k.shape[2]):
+    if not is_self_attention(node):
         return "cross-attention"
     return None
 

@@ -79,8 +79,7 @@ class CompiledGraph:
         self._cuda_graphs = bool(_compat.mode_patches(options.mode).get("triton.cudagraphs"))
         self._spares: dict[Hashable, Any] = {}
         self._inputs = capture.placeholders
-        wanted = options.recipe.sparse and options.recipe.needs_grid
-        self._patches = patch_shapes(capture.module.graph) if wanted else []
+        self._patches = patch_shapes(capture.module.graph) if options.recipe.needs_grid else []
         self._sizes = [i for i, x in enumerate(capture.inputs) if x.kind is Kind.SIZE]
         self._demands: dict[tuple[int, ...], Demand] = {}
         self._variants: dict[tuple[Any, ...], tuple[Variant, Variant]] = {}

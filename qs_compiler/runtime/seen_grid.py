@@ -47,8 +47,9 @@ def current_grid(grid: Grid) -> Grid:
     length = math.prod(grid)
     for shape in _SEEN.shapes:
         height, width = shape[-2:]
-        if length % (height * width) == 0 and (len(shape) == 4 or math.prod(shape[2:]) == length):
-            return length // (height * width), height, width
+        frames = shape[2] if len(shape) == 5 else length // (height * width)
+        if frames * height * width == length:
+            return frames, height, width
     return grid
 
 

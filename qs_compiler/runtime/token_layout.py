@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,13 +23,15 @@ STATIC_MASKS = ("spatial", "temporal", "radial")
 ALWAYS_KEPT = ("text", "first_frame", "neighbourhood")
 
 
-def patch_grid(shape: Sequence[int], batch: int) -> Grid | None:
-    """(t, h, w) if a convolution's output of `shape` is a patch embedding: of a video, or of its frames one by one."""
-    if len(shape) == 5:
-        return shape[2], shape[3], shape[4]
-    if len(shape) == 4 and shape[0] % batch == 0:
-        return shape[0] // batch, shape[2], shape[3]
-    return None
+def patch_grids(shapes: Iterable[Sequence[int]], batch: int) -> list[Grid]:
+    """(t, h, w) of those outputs of convolutions that may be a patch embedding: of a video, or of its frames."""
+    found: list[Grid] = []
+    for shape in shapes:
+        if len(shape) == 5:
+            found.append((shape[2], shape[3], shape[4]))
+        elif len(shape) == 4 and shape[0] % batch == 0:
+            found.append((shape[0] // batch, shape[2], shape[3]))
+    return found
 
 
 def part_start(sizes: Sequence[int], length: int, tokens: int) -> int | None:
