@@ -149,7 +149,7 @@ class Clock:
                     if video == profiled and phase == "refresh" and calls == 2:
                         run.step(step, branch="other")
                         self.once()
-                    print(f"  video {video} step {step} {phase} {took:.1f} ms", flush=True)
+                    print(f"  video {video} step {step} {phase} {took:.1f} ms, peak {peak_gib()} GiB", flush=True)
         return {phase: statistics.median(values) for phase, values in times.items()}, profiles
 
 

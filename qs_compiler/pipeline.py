@@ -195,6 +195,10 @@ def replace_linears(
         for alias in aliases[id(linear)]:
             parent, _, child = alias.rpartition(".")
             setattr(model.get_submodule(parent), child, new)
+    if sys.modules.get("diffusers") is not None:
+        from .group_offload import return_packed_tensors
+
+        return_packed_tensors()
 
 
 def _packed_linear(name: str, linear: nn.Linear, packed: PackedWeight | Recipe) -> PackedLinear:

@@ -43,14 +43,27 @@ def compiled(device="cuda", **options):
     return torch.compile(make().to(device), backend="quantsparse", options={"recipe": RECIPE, **options})
 
 
+class OneTile(_compat.InductorChoices):
+    """Two rows a program in every reduction, so that equal kernels of two graphs sum in the same order.
+
+    Inductor tunes the tile by the clock, and its deterministic mode goes by a hint which one kernel's text gets as INNER
+    in a graph that sends its caches and as DEFAULT in one that copies them: 32 rows a program there and one here, by
+    which rounding to int8 differed from the first norm on.
+    """
+
+    def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
+        kwargs = super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
+        if not features.is_reduction() or not kwargs.keys() <= {"features", "tiling_scores"}:
+            return kwargs
+        config = _compat.FixedTritonConfig({"XBLOCK": 2, "num_warps": 1, "num_stages": 1})
+        held = {"override_persistent_reduction": True, "override_cooperative_reduction": False}
+        return {**kwargs, **held, "fixed_config": config}
+
+
 @pytest.fixture
 def one_tile_a_reduction():
-    """Two compilations of one graph give the same bits.
-
-    Inductor tunes the tile of a reduction by the clock, each compilation and process for itself, and another tile sums
-    in another order.
-    """
-    with _compat.inductor_config.patch(deterministic=True):
+    """Two compilations give the same bits where they compute the same."""
+    with _compat.inductor_config.patch(deterministic=True), _compat.V.set_choices_handler(OneTile()):
         yield
 
 
@@ -175,7 +188,8 @@ def test_a_model_moved_after_it_was_compiled():
     want = denoise(compiled(), 7)
     torch._dynamo.reset()
     model = compiled("cpu")
-    model(**clip(9, 1)[0])
+    with pytest.warns(UserWarning, match="runs dense while nothing says which denoising step"):
+        model(**clip(9, 1)[0])
     torch.testing.assert_close(denoise(model.to("cuda"), 7), want)
 
 
