@@ -46,9 +46,9 @@ def compiled(device="cuda", **options):
 class OneTile(_compat.InductorChoices):
     """Two rows a program in every reduction, so that equal kernels of two graphs sum in the same order.
 
-    Inductor tunes the tile by the clock, and its deterministic mode goes by a hint which one kernel's text gets as INNER
-    in a graph that sends its caches and as DEFAULT in one that copies them: 32 rows a program there and one here, by
-    which rounding to int8 differed from the first norm on.
+    Inductor tunes the tile by the clock. In its deterministic mode it goes by a hint, which a kernel of one text got as
+    INNER in a graph that sends its caches and as DEFAULT in one that copies them: 32 rows a program and one, so that the
+    int8 codes behind the first norm differed.
     """
 
     def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
