@@ -14,7 +14,7 @@ from .packed_linear import PackedLinear
 
 
 def return_packed_tensors() -> None:
-    """Mend it for packed tensors, in this process. Other buffers stay on the device: a forward may have written them."""
+    """Mend it for packed tensors, in this process. Other buffers stay on the device: a forward may have written one."""
     from diffusers.hooks.group_offloading import ModuleGroup
 
     original = ModuleGroup._offload_to_memory

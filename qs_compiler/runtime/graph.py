@@ -22,7 +22,7 @@ from .cache_layout import Slot, cache_slots
 from .caches import CacheEntry, Frame, tensor_version
 from .implicit import ImplicitSignal
 from .inputs import Cached, Packed, Provider
-from .placement import Demand, belongs_on_host
+from .placement import Demand, Place, belongs_on_host
 from .prefix_masks import NO_PREFIX, PREFIX_MASKS
 from .schedule import Decision, Schedule
 from .seen_grid import see
@@ -229,26 +229,28 @@ class CompiledGraph:
     def _place(self, signal: Signal, args: Sequence[Any], *, final: bool) -> bool:
         """Whether the caches of this call lie in host memory; decided at the first refresh of a branch.
 
-        A look before (`final=False`) foretells it, so that caches which fit nowhere are refused at the first step.
+        A look before (`final=False`) foretells it, so that caches which fit nowhere are refused at the first step, and
+        so that what a refresh will run is compiled then.
         """
         sizes = tuple(args[i] for i in self._sizes)
         anchor = args[self.dense.sites[0].anchor]
-        key, places = (id(self), id(anchor), signal.branch, sizes), signal.video.on_host
-        place, settled = places.get(key, (False, False))
-        if key not in places or (final and not settled):
+        key, places = (id(anchor), signal.branch, sizes), signal.video.places
+        place = places.get(key)
+        if place is None or (final and not place.settled):
             if sizes not in self._demands:
                 self._demands[sizes] = self._demand(args)
             demand = self._demands[sizes]
             used = sum(entry.device_bytes for entry in signal.video.caches.values())
-            place = belongs_on_host(demand, anchor.device, self._budget, used, self._cuda_graphs)
-            if place and self._schedule.max_drift is not None:
+            foreseen = [other for k, other in places.items() if k != key and not other.settled]
+            on_host = belongs_on_host(demand, anchor.device, self._budget, used, foreseen, self._cuda_graphs)
+            if on_host and self._schedule.max_drift is not None:
                 raise UnsupportedError(
                     "the caches of this video go to host memory, and adaptive refreshes read theirs at every step; "
                     "raise memory_budget, choose a smaller cache_format (int4, rank16), or refresh='fixed'."
                 )
-            places[key] = (place, final)
-            self._report.cache_bytes, self._report.cache_place = demand.total, "host" if place else "device"
-        return place
+            place = places[key] = Place(on_host, final, demand)
+            self._report.cache_bytes, self._report.cache_place = demand.total, "host" if on_host else "device"
+        return place.on_host
 
     def _demand(self, args: Sequence[Any]) -> Demand:
         """What a branch keeps, from the recipe and the shapes of this call."""

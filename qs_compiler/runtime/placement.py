@@ -1,13 +1,14 @@
 """Where the caches of a video live: on the device while they fit, else in host memory if a budget asks for it.
 
-The place never changes the numbers, which belong to the recipe. Host memory is left to those who ask until its tests
-on a GPU (tests/gpu/test_backend_gpu.py) have passed.
+The place never changes the numbers, which belong to the recipe. Host memory is left to those who ask: it takes as much
+pinned memory as the caches, which no other process can have then.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 
 import torch
 
@@ -46,20 +47,43 @@ class Demand:
         return BUFFERS * max(self.layers)
 
 
-def belongs_on_host(demand: Demand, device: torch.device, budget: int | None, used: int, cuda_graphs: bool) -> bool:
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the caches of one branch of a graph lie.
+
+    Attributes:
+        settled: their first refresh has begun; before, the place is a forecast, and nothing is allocated.
+    """
+
+    on_host: bool
+    settled: bool
+    demand: Demand
+
+
+def belongs_on_host(
+    demand: Demand,
+    device: torch.device,
+    budget: int | None,
+    used: int,
+    foreseen: Iterable[Place] = (),
+    cuda_graphs: bool = False,
+) -> bool:
     """Whether the caches go to host memory.
 
     Args:
         budget: device bytes for the caches of a video, staging buffers included; None: what is free, no host memory.
         used: device bytes that the video's caches take already.
+        foreseen: the places of what other graphs of the forward will keep: the blocks' before this one, where blocks
+            are compiled apart.
         cuda_graphs: the graph is to be recorded, which copies on another stream cannot be.
 
     Raises:
         DeviceError: they fit nowhere.
         UnsupportedError: they fit only in host memory, and `cuda_graphs`.
     """
-    given = budget is not None
+    given, foreseen = budget is not None, list(foreseen)
     left = budget - used if budget is not None else free_bytes(device) - TEMPORARIES * demand.largest_output
+    left = max(left - sum(place.demand.total for place in foreseen if not place.on_host), 0)
     has_host = device.type == "cuda"
     if demand.total + (demand.staging if has_host else 0) <= left:
         return False
@@ -73,10 +97,9 @@ def belongs_on_host(demand: Demand, device: torch.device, budget: int | None, us
         raise DeviceError(f"{text}; {remedy}, or run with a dense recipe.")
     if not given:
         raise DeviceError(
-            f"{text}; {remedy}, or run with a dense recipe. memory_budget=<bytes> keeps them in pinned host memory, "
-            "which is experimental."
+            f"{text}; {remedy}, or run with a dense recipe. memory_budget=<bytes> keeps them in pinned host memory."
         )
-    host = available_host_bytes() + reusable_bytes()
+    host = max(available_host_bytes() + reusable_bytes() - sum(p.demand.pinned for p in foreseen if p.on_host), 0)
     if demand.staging > left or demand.pinned > host:
         raise DeviceError(
             f"{text}. In host memory they need {_gib(demand.pinned)} of pinned memory, of {_gib(host)} available, and "

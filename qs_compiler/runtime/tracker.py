@@ -21,6 +21,7 @@ from ..errors import SignalError
 from . import seen_grid
 from .caches import CacheEntry
 from .head_values import note_head_values
+from .placement import Place
 from .schedule import Decision
 
 _VIDEO_NUMBERS = itertools.count(1)
@@ -35,8 +36,8 @@ class Video:
         caches: (anchor id, ordinal, branch, occurrence) -> CacheEntry.
         layers: branch -> how many layers of it have caches.
         decisions: branch -> what an adaptive schedule last decided for it.
-        on_host: (graph, first anchor's id, branch, sizes) -> whether the caches of that call lie in host memory, and
-            whether that is settled; before the first refresh it is a forecast.
+        places: (id of a graph's first anchor, branch, sizes) -> where the caches of that call lie. No graph is named:
+            one that is compiled again in the middle of a video finds its caches where they were.
     """
 
     def __init__(self, num_steps: int | None) -> None:
@@ -45,7 +46,7 @@ class Video:
         self.caches: dict[tuple[Any, ...], CacheEntry] = {}
         self.layers: collections.Counter[str | None] = collections.Counter()
         self.decisions: dict[str | None, Decision] = {}
-        self.on_host: dict[tuple[Any, ...], tuple[bool, bool]] = {}
+        self.places: dict[tuple[Any, ...], Place] = {}
         self._seen: dict[Hashable, tuple[int, int]] = {}
         self._call = 0
 
@@ -54,7 +55,7 @@ class Video:
         for entry in self.caches.values():
             entry.close()
         self.caches.clear()
-        self.on_host.clear()
+        self.places.clear()
 
     def begin_call(self) -> None:
         """A new forward (one step, one branch) starts: occurrences of a layer are counted from zero again."""

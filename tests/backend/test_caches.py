@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -124,6 +126,29 @@ def test_where_caches_will_lie_is_foreseen_when_the_phases_are_compiled(
 
 
 @pytest.mark.usefixtures("eager_graphs")
+def test_blocks_compiled_apart_foresee_what_the_blocks_before_them_will_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's budget for two and a half of six layers."""
+    layer = cache_bytes(qs.Recipe.parse(RECIPE), (1, 2, TOKENS, 16))
+
+    def chosen(demand, device, budget, used, foreseen, cuda_graphs):
+        return used + sum(p.demand.total for p in foreseen if not p.on_host) + demand.total > 2.5 * layer
+
+    monkeypatch.setattr(graph, "belongs_on_host", chosen)
+    model = make(blocks=6)
+    for block in model.blocks:
+        block.compile(backend="quantsparse", options={"recipe": {**RECIPE, "warmup": 0.3}})
+    before = len(qs.reports())
+    with qs.denoising(model, 10) as run:
+        for i, inputs in enumerate(clip(7, 10)):
+            run.step(i)
+            model(**inputs)
+            compiled = [p.phase for r in qs.reports()[before:] for p in r.passes if p.name == "quantize_linear"]
+            assert compiled == ["dense", "refresh", "sparse", "refresh", "sparse"], f"step {i}: both places, in step 0"
+        hosts = [bool(entry.hosts) for entry in run.caches()]
+    assert hosts == [False, False, True, True, True, True]
+
+
+@pytest.mark.usefixtures("eager_graphs")
 def test_caches_that_fit_nowhere_are_refused_at_the_first_step() -> None:
     model = torch.compile(make(), backend="quantsparse", options={"recipe": RECIPE, "warmup": 0.5, "memory_budget": 9})
     with qs.denoising(model, 8) as run:
@@ -189,10 +214,12 @@ class TestPlacement:
 
     demand = placement.Demand((GIB // 5,) * 60, 15 * GIB, GIB // 2, "w4a8-d15, cache_format int4")
 
-    def choose(self, budget: float | None, used: float = 0, cuda_graphs: bool = False) -> bool:
+    def choose(
+        self, budget: float | None, used: float = 0, foreseen: Sequence[placement.Place] = (), cuda_graphs: bool = False
+    ) -> bool:
         device = torch.device("cuda", 0)
         given = None if budget is None else int(budget * GIB)
-        return placement.belongs_on_host(self.demand, device, given, int(used * GIB), cuda_graphs)
+        return placement.belongs_on_host(self.demand, device, given, int(used * GIB), foreseen, cuda_graphs)
 
     @pytest.fixture(autouse=True)
     def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +231,21 @@ class TestPlacement:
         assert not self.choose(12.5)
         assert self.choose(12.5, used=1), "the other branch took its share"
         assert self.choose(0.5), "two staging buffers fit"
+
+    def test_what_other_blocks_will_take_is_taken(self) -> None:
+        def will(on_host: bool) -> placement.Place:
+            return placement.Place(on_host, False, placement.Demand((GIB,), 45 * GIB, 0, "w4a8-d15"))
+
+        assert not self.choose(13.5, foreseen=[will(False)])
+        assert self.choose(13.5, foreseen=[will(False), will(False)])
+        assert not self.choose(13.5, foreseen=[will(True)])
+        self.choose(3, foreseen=[will(True)])
+        with pytest.raises(DeviceError, match=r"need 15 GiB of pinned memory, of 0 bytes available"):
+            self.choose(3, foreseen=[will(True), will(True)])
+        self.free = 17 * GIB  # less 4 for what a refresh allocates, and two staging buffers
+        assert not self.choose(None)
+        with pytest.raises(DeviceError, match=r"cuda:0 has 12 GiB to spare"):
+            self.choose(None, foreseen=[will(False)])
 
     def test_what_is_free_is_the_default(self) -> None:
         assert not self.choose(None)

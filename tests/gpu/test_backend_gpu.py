@@ -9,6 +9,7 @@ import qs_compiler as qs
 from qs_compiler import _compat
 from qs_compiler.runtime.cache_layout import cache_bytes
 from tests.backend.models import CACHES, RECIPE, TOKENS, clip, make
+from tests.gpu.one_tile import assert_same_bits, one_tile_a_reduction
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,39 +44,10 @@ def compiled(device="cuda", **options):
     return torch.compile(make().to(device), backend="quantsparse", options={"recipe": RECIPE, **options})
 
 
-class OneTile(_compat.InductorChoices):
-    """Two rows a program in every reduction, so that equal kernels of two graphs sum in the same order.
-
-    Inductor tunes the tile by the clock. In its deterministic mode it goes by a hint, which a kernel of one text got as
-    INNER in a graph that sends its caches and as DEFAULT in one that copies them: 32 rows a program and one, so that the
-    int8 codes behind the first norm differed.
-    """
-
-    def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
-        kwargs = super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
-        if not features.is_reduction() or not kwargs.keys() <= {"features", "tiling_scores"}:
-            return kwargs
-        config = _compat.FixedTritonConfig({"XBLOCK": 2, "num_warps": 1, "num_stages": 1})
-        held = {"override_persistent_reduction": True, "override_cooperative_reduction": False}
-        return {**kwargs, **held, "fixed_config": config}
-
-
 @pytest.fixture
-def one_tile_a_reduction():
-    """Two compilations give the same bits where they compute the same."""
-    with _compat.inductor_config.patch(deterministic=True), _compat.V.set_choices_handler(OneTile()):
+def one_tile():
+    with one_tile_a_reduction():
         yield
-
-
-def assert_same_bits(got, want, what):
-    differs = got != want
-    steps = [
-        f"step {i}: {int(d.sum())} of {d.numel()}, by up to {float((a - b).abs().max()):.3g}, first at token "
-        f"{int(d.any(-1).flatten().nonzero()[0])}"
-        for i, (d, a, b) in enumerate(zip(differs, got, want, strict=True))
-        if d.any()
-    ]
-    assert not steps, f"{what}: {'; '.join(steps)}"
 
 
 def relative_error(a, b):
@@ -138,7 +110,7 @@ def test_cuda_graphs_with_each_correction(correction):
         torch.testing.assert_close(denoise(model, 7), want)
 
 
-@pytest.mark.usefixtures("one_tile_a_reduction")
+@pytest.mark.usefixtures("one_tile")
 @pytest.mark.parametrize("fields", CACHES, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
 def test_host_memory_changes_no_bit(fields):
     recipe = qs.Recipe.parse({**RECIPE, **fields})
@@ -156,7 +128,7 @@ def test_host_memory_changes_no_bit(fields):
     assert report.cache_place == "host" and report.calls["sparse"] == 8 and report.fallbacks == []
 
 
-@pytest.mark.usefixtures("one_tile_a_reduction")
+@pytest.mark.usefixtures("one_tile")
 def test_blocks_compiled_alone_fill_the_device_before_the_host():
     def in_blocks(**options):
         model = make(blocks=6).cuda()

@@ -7,6 +7,7 @@ import torch
 import qs_compiler as qs
 from qs_compiler.packed_linear import PackedLinear
 from tests.backend.diffusers_models import at_step
+from tests.gpu.one_tile import assert_same_bits, one_tile_a_reduction
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,13 +57,14 @@ def attached(offloaded):
     return model, inputs
 
 
-def test_blocks_come_and_go_and_the_numbers_stay():
-    want = denoise(*attached(offloaded=False))
-    model, inputs = attached(offloaded=True)
-    for video in range(2):  # the first learns the order of the blocks, and fetches none ahead
-        torch.testing.assert_close(denoise(model, inputs), want, msg=lambda m, v=video: f"video {v}: {m}")
+def test_blocks_come_and_go_and_no_bit_changes():
+    with one_tile_a_reduction():
+        want = denoise(*attached(offloaded=False))
+        model, inputs = attached(offloaded=True)
+        for video in ("the first video, which learns the order of the blocks", "the second, with blocks fetched ahead"):
+            assert_same_bits(denoise(model, inputs), want, video)
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
     packed = [m for block in blocks for m in block.modules() if isinstance(m, PackedLinear)]
     devices = [m.wq.device.type for m in packed]
-    assert len(packed) > 10 and devices.count("cuda") < len(devices) / 2, "most lie in host memory again"
+    assert len(packed) > 40 and devices.count("cuda") < len(devices) / 2, f"most lie in host memory again: {devices}"
     assert all(m.bias is None or m.bias.device == m.wq.device for m in packed)
