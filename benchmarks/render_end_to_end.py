@@ -6,6 +6,7 @@ python benchmarks/render_end_to_end.py
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,19 @@ def share(part: dict[str, Any], kind: str) -> float:
     return took / (sum(part["ms"].values()) + part["gaps_ms"])
 
 
+def label(row: dict[str, Any]) -> str:
+    """What a row is of, in lines as long as the picture is wide."""
+    card = row["device"].removeprefix("NVIDIA ").partition(" ")[0]
+    return textwrap.fill(f"{row['model']}, {card}: {row['name']}", 110)
+
+
 def draw(rows: list[dict[str, Any]]) -> None:
     """A bar for each phase of each row of a whole model, split by kind of kernel, under the row's name."""
     rows = sorted((row for row in rows if not row["layers"]), key=lambda row: list(MODELS).index(row["model"]))
     bars = [(row, phase) for row in rows for phase in row["breakdown"]]
     heights, y = [], 0.0
     for i, (row, _) in enumerate(bars):
-        y += 1.0 if i and bars[i - 1][0] is row else 1.9  # room for a name
+        y += 1.0 if i and bars[i - 1][0] is row else 1.9 + 0.8 * label(row).count("\n")  # room for a name
         heights.append(y)
     figure = Figure(figsize=(10, 1.2 + 0.22 * y), layout="constrained")
     axes = figure.subplots()
@@ -78,7 +85,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for row in rows:
         top = next(y for y, (other, _) in zip(heights, bars, strict=True) if other is row)
-        axes.text(0, top - 0.55, f"{row['model']}: {row['name']}", va="bottom", fontsize="small")
+        axes.text(0, top - 0.55, label(row), va="bottom", fontsize="small")
     seconds = [f"{phase} {row['ms'][phase] / 1e3:.3g} s" for row, phase in bars]
     axes.set_yticks(heights, seconds, fontsize="small")
     axes.set_ylim(y + 0.8, 0)

@@ -19,9 +19,9 @@ class PackedLinear(nn.Module):
     """y = x W^T + bias over a packed weight.
 
     The forward traces to `aten.linear(x, quantsparse.dequantize(...), bias)`, right by itself, which the pass
-    `quantize_linear` matches. The packed tensors are ordinary buffers, so `state_dict`, `deepcopy`, `.to(device)`,
-    offload hooks and sharing need no care; a cast of the module (`.to(torch.bfloat16)`, `.half()`) reaches the bias and
-    the dtype of `weight`, never codes or scales.
+    `quantize_linear` matches. The packed tensors are ordinary buffers, so `state_dict`, `deepcopy`, `.to(device)` and
+    sharing need no care (group offloading does: group_offload.py); a cast of the module (`.to(torch.bfloat16)`,
+    `.half()`) reaches the bias and the dtype of `weight`, never codes or scales.
 
     Args:
         packed: its tensors are held, not copied.
