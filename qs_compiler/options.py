@@ -280,6 +280,19 @@ class Recipe:
         return cls.parse(fields)
 
 
+def parse_grid(grid: Any) -> Grid | None:
+    """(t, h, w) from a tuple or a list; None stays None.
+
+    Raises:
+        OptionError: anything else.
+    """
+    if grid is None:
+        return None
+    if isinstance(grid, (tuple, list)) and len(grid) == 3 and all(type(n) is int and n > 0 for n in grid):
+        return grid[0], grid[1], grid[2]
+    raise OptionError(f"grid must be three positive integers, tokens in time, height and width, not {grid!r}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class BackendOptions:
     """The options of one compile, resolved: an option beats the artifact, the artifact beats the default.
@@ -351,13 +364,8 @@ class BackendOptions:
         mode = given.get("mode", mode)
         if mode is not None:
             _one_of("mode", mode, MODES, OptionError)
-        grid = given.get("grid")
-        if grid is not None and not (
-            isinstance(grid, (tuple, list)) and len(grid) == 3 and all(type(n) is int and n > 0 for n in grid)
-        ):
-            raise OptionError(f"grid must be three positive integers, tokens in time, height and width, not {grid!r}.")
         return cls(
-            grid=None if grid is None else (grid[0], grid[1], grid[2]),
+            grid=parse_grid(given.get("grid")),
             recipe=recipe,
             artifact=artifact,
             memory_budget=given.get("memory_budget"),

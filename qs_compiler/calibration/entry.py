@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import OptionError, UnsupportedError
-from ..options import Recipe
+from ..options import Recipe, parse_grid
 from ..packed_linear import PackedLinear
 from ..pipeline import EXPERTS, hear_steps, plan_layers
 from ..runtime.head_values import DEFAULT_GAIN, GAINS, SHARES
@@ -44,6 +44,7 @@ def calibrate(
     progress: bool = True,
     pipe_options: Mapping[str, Any] | None = None,
     include_rest: bool = False,
+    grid: tuple[int, int, int] | None = None,
     **options: Any,
 ) -> Any:
     """Find the packed weights of a model from what really flows through it.
@@ -67,6 +68,8 @@ def calibrate(
         pipe_options: what the pipeline is called with beside the prompt, such as num_inference_steps, height, width.
         include_rest: the artifacts also hold the model's other tensors (not copied), so that `load` can build the
             compressed model without the 16-bit checkpoint.
+        grid: (t, h, w) of the video tokens, as the backend's option, where the model's calls do not show it (LTX): what
+            heads differ in is then fitted in the order in which the model will run.
         options: see `Settings`.
 
     Returns:
@@ -78,7 +81,7 @@ def calibrate(
         UnsupportedError: the model is compressed already, or holds nothing to compress.
         ArtifactError: output_dir holds another calibration.
     """
-    settings, recipe = Settings.parse(options), Recipe.parse(recipe)
+    settings, recipe, grid = Settings.parse(options), Recipe.parse(recipe), parse_grid(grid)
     if settings.attention == "sparse" and not recipe.sparse:
         raise OptionError(f"attention='sparse' needs a sparse recipe such as w4a8-d25, not '{recipe}'.")
     if callable(data) and run is None:
@@ -95,11 +98,12 @@ def calibrate(
         with contextlib.ExitStack() as fitting:
             if fits_heads(recipe):
                 fitting.enter_context(hear_steps(target, list(modules.values())))
-                fits = {name: fitting.enter_context(HeadFit(module, recipe)) for name, module in modules.items()}
+                fits = {name: fitting.enter_context(HeadFit(module, recipe, grid)) for name, module in modules.items()}
             pipe_options, folder = dict(pipe_options or {}), None if output_dir is None else Path(output_dir)
             key = None  # of a function, or a pipeline of one's own, nobody can tell what it will run
             if folder is not None and isinstance(data, (list, tuple)) and hasattr(target, "components"):
                 key = [_described(target), data, pipe_options, seed, settings.samples, recipe.to_dict()]
+                key += [] if grid is None else [list(grid)]
             kept = KeptRuns(folder, key, fits)
             samples = _samples(target, modules, data, run, pipe_options, settings, seed, kept)
         found = {}

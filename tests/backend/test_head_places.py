@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import qs_compiler as qs
 from qs_compiler.calibration import head_fit
 from qs_compiler.calibration.head_fit import HeadFit
+from qs_compiler.errors import OptionError
 from qs_compiler.passes import order_tokens
 from qs_compiler.runtime.head_values import GAINS
 from qs_compiler.runtime.token_layout import TokenLayout, always_kept, static_scores
@@ -105,6 +106,31 @@ def test_a_running_model_tells_the_places_that_its_graph_tells(name: str, monkey
         run.step(0)
         compiled(**at_step(inputs, 0, STEPS))
     assert set(heard) == set(read) and all(layout.tiled for layout in heard) and heard
+
+
+def test_calibrate_is_told_the_grid_that_the_calls_do_not_show() -> None:
+    """LTX's tokens come packed."""
+    model, inputs = make("ltx")
+
+    def run(target: nn.Module) -> None:
+        torch.manual_seed(7)
+        with torch.no_grad(), qs.denoising(target, STEPS) as video:
+            for i in range(STEPS):
+                video.step(i)
+                target(**at_step(inputs, i, STEPS))
+
+    def calibrated(**grid: object) -> dict[str, torch.Tensor]:
+        recipe = {**RECIPE, "format": "w8a8"}
+        return qs.calibrate(model, run=run, recipe=recipe, samples=1, progress=False, **grid).gains
+
+    with HeadFit(model, qs.Recipe.parse(RECIPE), (5, 8, 8)) as fit:
+        run(model)
+    told, untold = calibrated(grid=[5, 8, 8]), calibrated()
+    assert told.keys() == fit.values()[GAINS].keys()
+    assert all(torch.equal(gains, fit.values()[GAINS][name]) for name, gains in told.items())
+    assert any(not torch.equal(gains, untold[name]) for name, gains in told.items()), "rows and tiles fit other gains"
+    with pytest.raises(OptionError, match=r"grid must be three positive integers.*not \(5, 8\)"):
+        calibrated(grid=(5, 8))
 
 
 def test_padding_over_video_tokens_leaves_rows(monkeypatch: pytest.MonkeyPatch) -> None:
