@@ -21,7 +21,7 @@ from .options import BackendOptions, Recipe
 from .packed_linear import PackedLinear
 from .packing import PackedWeight, why_not
 from .runtime.head_values import check_head_values, give_head_values, has_shares, leave_no_room
-from .runtime.seen_grid import watch
+from .runtime.seen_grid import watch, watch_if_moved
 from .runtime.tracker import modules_of, track
 
 EXPERTS = ("transformer", "transformer_2")
@@ -119,8 +119,11 @@ def compile_attached(module: nn.Module, options: BackendOptions, compile: bool |
         leave_no_room(module)
         options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, budgets="uniform"))
     lists, chosen = repeated_lists(module) if compile == "blocks" else (), _compile_options(options)
-    if lists and options.recipe.needs_grid:
-        watch(module, lists)
+    if options.recipe.needs_grid:
+        if lists:
+            watch(module, lists)
+        else:
+            watch_if_moved(module)
     for part in [block for name in lists for block in module.get_submodule(name[:-1]).children()] or [module]:
         part.compile(backend=quantsparse_attached, options=chosen)
     _COMPILED.add(module)
@@ -196,9 +199,9 @@ def replace_linears(
             parent, _, child = alias.rpartition(".")
             setattr(model.get_submodule(parent), child, new)
     if sys.modules.get("diffusers") is not None:
-        from .group_offload import return_packed_tensors
+        from .group_offload import mend_group_offloading
 
-        return_packed_tensors()
+        mend_group_offloading()
 
 
 def _packed_linear(name: str, linear: nn.Linear, packed: PackedWeight | Recipe) -> PackedLinear:

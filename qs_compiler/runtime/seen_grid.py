@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -22,6 +23,7 @@ class _Seen(threading.local):
 
 
 _SEEN = _Seen()
+_MAY_MOVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def see(shapes: Iterable[tuple[int, ...]]) -> None:
@@ -59,6 +61,19 @@ def watch(module: nn.Module, apart: tuple[str, ...]) -> None:
     for name, part in module.named_modules():
         if isinstance(part, _CONVOLUTIONS) and not f"{name}.".startswith(apart):
             part.register_forward_hook(_add)
+
+
+def watch_if_moved(module: nn.Module) -> None:
+    """Look on at the convolutions of a module that is compiled as a whole, once `moved` says that its graph breaks."""
+    _MAY_MOVE.update(part for part in module.modules() if isinstance(part, _CONVOLUTIONS))
+
+
+def moved(module: nn.Module) -> None:
+    """A hook moves this module to the device and away: Dynamo breaks the graph there, and may run it by itself."""
+    for part in module.modules():
+        if part in _MAY_MOVE:
+            _MAY_MOVE.remove(part)
+            part.register_forward_hook(torch.compiler.disable(_add))
 
 
 def _add(module: nn.Module, args: object, out: torch.Tensor) -> None:

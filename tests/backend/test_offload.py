@@ -16,14 +16,13 @@ from qs_compiler.pipeline import replace_linears
 from tests.backend.diffusers_models import at_step, make
 
 STEPS = 4
-GRIDS = {"wan": (9, 8, 8)}  # its patch embedding is moved by itself, and so is in no graph
 RECIPE = {"format": "w8a8", "density": 0.25, "block_size": 64, "warmup": 0.25, "interval": 3}
 
 
 def denoise(name: str, folder: Path | None) -> list[torch.Tensor]:
     torch._dynamo.reset()
     model, inputs = make(name)
-    qs.attach(model, recipe=RECIPE, grid=GRIDS.get(name))
+    qs.attach(model, recipe=RECIPE)
     if folder is not None:
         # On a disk, so that a machine without a GPU moves tensors too: each block's are swapped before and after it.
         model.enable_group_offload(
