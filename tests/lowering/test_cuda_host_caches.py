@@ -1,10 +1,17 @@
 """fetch and send in code for a GPU: copies beside the kernels, which stay those of caches on the device."""
 
 import re
+from collections import Counter
 
+import pytest
 import torch
 
+import qs_compiler as qs
+from qs_compiler import _compat
+from qs_compiler.runtime import graph
+from tests.backend.models import CACHES, RECIPE, clip, make
 from tests.fake_h100 import cuda_code
+from tests.gpu.one_tile import OneTile
 from tests.kernel_text import definition, kernel_sources
 from tests.ops.attention_cases import BLOCK, block_lists, random_qkv
 
@@ -65,3 +72,65 @@ def test_what_is_sent_was_computed_before_and_a_handle_asks_no_gpu():
     for number, value in sends:
         writers = [i for i, line in enumerate(call) if ".run(" in line and re.search(rf"\b{value}\b", line)]
         assert writers and max(writers) < number
+
+
+def phases(fields, on_host, monkeypatch):
+    """The graphs of a run on the CPU and their inputs, as they are handed to Inductor: dense, refresh, sparse."""
+    found, compile_graph = [], _compat.compile_graph
+
+    def caught(module, inputs, *args, **kwargs):
+        found.append((_compat.copy_graph_module(module), list(inputs)))
+        return compile_graph(module, inputs, *args, **kwargs)
+
+    torch._dynamo.reset()
+    with monkeypatch.context() as patched, _compat.eager_graphs(), torch.no_grad():
+        patched.setattr(_compat, "compile_graph", caught)
+        patched.setattr(graph, "belongs_on_host", lambda *_: on_host)
+        model = torch.compile(make(), backend="quantsparse", options={"recipe": {**RECIPE, **fields}})
+        with qs.denoising(model, 6) as run:
+            run.step(0)
+            model(**clip(7, 1)[0])
+    return found
+
+
+def on_a_gpu(module, inputs):
+    """The code of a graph of the CPU for an H100, each reduction with the tile that tests on a GPU give it."""
+    for part in [m for m in module.modules() if isinstance(m, torch.fx.GraphModule)]:
+        for node in part.graph.nodes:
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": torch.device("cuda")}
+        part.recompile()
+
+    def function(*args):
+        with torch.device("cuda"):
+            return module(*args)
+
+    like = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in inputs]
+    with _compat.V.set_choices_handler(OneTile()):
+        return cuda_code(function, *like)
+
+
+def arithmetic(kernel):
+    """A kernel less its copies, of what it loads and of what it stores twice; nothing if it does nothing else."""
+    loaded = set(re.findall(r"(tmp\d+) = tl\.load", kernel))
+    lines, stored = [], set()
+    for line in kernel.splitlines()[2:]:
+        line = re.sub(r"(in_)?(out_)?ptr\d+", "ptr", line)
+        store = re.match(r"\s+tl\.store\(.*, (tmp\d+),", line)
+        if store and (store[1] in loaded or line in stored):
+            continue
+        lines.append(line)
+        if store:
+            stored.add(line)
+    names = {}
+    text = re.sub(r"tmp\d+", lambda found: names.setdefault(found[0], f"t{len(names)}"), "\n".join(lines))
+    return text if "tl.store" in text else ""
+
+
+@pytest.mark.parametrize("fields", CACHES, ids=lambda f: f"{f['correction']}-{f['cache_format']}")
+def test_a_model_computes_the_same_wherever_its_caches_lie(fields, monkeypatch):
+    device, host = (phases(fields, on_host, monkeypatch) for on_host in (False, True))
+    assert [r.cache_place for r in qs.reports()[-2:]] == ["device", "host"] and len(device) == len(host) == 3
+    for graphs in zip(device, host, strict=True):
+        on_device, on_host = (Counter(filter(None, map(arithmetic, kernels(on_a_gpu(*one))))) for one in graphs)
+        assert on_device.total() >= 20 and on_host == on_device
