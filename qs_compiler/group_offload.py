@@ -37,9 +37,9 @@ def mend_group_offloading() -> None:
         offload(self)
         if self.stream is None:  # whole modules were moved
             return
-        for module in self.modules:
-            for part in module.modules():
-                for buffer in part.buffers(recurse=False) if isinstance(part, PackedLinear) else ():
-                    buffer.data = self.cpu_param_dict[buffer]
+        parts = (part for module in self.modules for part in module.modules())
+        for packed in (part for part in parts if isinstance(part, PackedLinear)):
+            for buffer in packed.buffers():
+                buffer.data = self.cpu_param_dict[buffer]
 
     ModuleGroup.__init__, ModuleGroup._offload_to_memory = init, offload_to_memory

@@ -103,7 +103,7 @@ def calibrate(
             key = None  # of a function, or a pipeline of one's own, nobody can tell what it will run
             if folder is not None and isinstance(data, (list, tuple)) and hasattr(target, "components"):
                 key = [_described(target), data, pipe_options, seed, settings.samples, recipe.to_dict()]
-                key += [] if grid is None else [list(grid)]
+                key += [] if grid is None else [grid]  # without one, runs that were kept before are found
             kept = KeptRuns(folder, key, fits)
             samples = _samples(target, modules, data, run, pipe_options, settings, seed, kept)
         found = {}

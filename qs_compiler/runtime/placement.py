@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -65,8 +65,8 @@ def belongs_on_host(
     device: torch.device,
     budget: int | None,
     used: int,
-    foreseen: Iterable[Place] = (),
-    cuda_graphs: bool = False,
+    foreseen: Sequence[Place],
+    cuda_graphs: bool,
 ) -> bool:
     """Whether the caches go to host memory.
 
@@ -81,7 +81,7 @@ def belongs_on_host(
         DeviceError: they fit nowhere.
         UnsupportedError: they fit only in host memory, and `cuda_graphs`.
     """
-    given, foreseen = budget is not None, list(foreseen)
+    given = budget is not None
     left = budget - used if budget is not None else free_bytes(device) - TEMPORARIES * demand.largest_output
     left = max(left - sum(place.demand.total for place in foreseen if not place.on_host), 0)
     has_host = device.type == "cuda"

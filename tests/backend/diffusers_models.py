@@ -22,12 +22,13 @@ def wan(layers: int = 2) -> tuple[nn.Module, dict[str, object]]:
     return model, inputs
 
 
-def hunyuan(layers: int = 2) -> tuple[nn.Module, dict[str, object]]:
+def hunyuan(layers: int = 2, head_dim: int = 10) -> tuple[nn.Module, dict[str, object]]:
     """Joint attention, text after 320 video tokens, a padding mask; dual and single blocks."""
+    space = 2 * (head_dim // 5)
     model = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=layers,
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=head_dim, num_layers=layers,
         num_single_layers=layers, num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True,
-        text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+        text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(head_dim - 2 * space, space, space),
     )  # fmt: skip
     inputs = {
         "hidden_states": torch.randn(1, 4, 5, 8, 8),
@@ -76,10 +77,10 @@ def ltx(layers: int = 2) -> tuple[nn.Module, dict[str, object]]:
 MODELS = {"wan": wan, "hunyuan": hunyuan, "cogvideox": cogvideox, "ltx": ltx}
 
 
-def make(name: str, layers: int = 2) -> tuple[nn.Module, dict[str, object]]:
+def make(name: str, layers: int = 2, **sizes: int) -> tuple[nn.Module, dict[str, object]]:
     """A model in eval mode with a fixed seed, and the arguments of one forward."""
     torch.manual_seed(0)
-    model, inputs = MODELS[name](layers)
+    model, inputs = MODELS[name](layers, **sizes)
     return model.eval(), {**inputs, "return_dict": False}
 
 

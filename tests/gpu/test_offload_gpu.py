@@ -1,12 +1,11 @@
 """Blocks that diffusers' group offloading moves by a stream beside the computation."""
 
-import diffusers
 import pytest
 import torch
 
 import qs_compiler as qs
 from qs_compiler.packed_linear import PackedLinear
-from tests.backend.diffusers_models import at_step
+from tests.backend.diffusers_models import at_step, make
 from tests.gpu.one_tile import assert_same_bits, one_tile_a_reduction
 
 pytestmark = [
@@ -17,37 +16,19 @@ STEPS, DEVICE = 4, "cuda"
 RECIPE = {"format": "w4a8", "density": 0.25, "block_size": 64, "warmup": 0.25, "interval": 3}
 
 
-def make():
-    """HunyuanVideo's blocks with heads of 64 and 384 video tokens."""
-    torch.manual_seed(0)
-    model = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=64, num_layers=2,
-        num_single_layers=3, num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True,
-        text_embed_dim=64, pooled_projection_dim=64, rope_axes_dim=(16, 24, 24),
-    )  # fmt: skip
-    inputs = {
-        "hidden_states": torch.randn(1, 4, 6, 8, 8),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": torch.randn(1, 16, 64),
-        "encoder_attention_mask": (torch.arange(16) < 9)[None],
-        "pooled_projections": torch.randn(1, 64),
-        "guidance": torch.tensor([6000.0]),
-    }
-    return model.eval(), inputs
-
-
 def denoise(model, inputs):
     out = []
     with torch.no_grad(), qs.denoising(model, STEPS) as run:
         for i in range(STEPS):
             run.step(i)
-            out.append(model(**{name: x.to(DEVICE) for name, x in at_step(inputs, i, STEPS).items()})[0])
+            given = at_step(inputs, i, STEPS)
+            out.append(model(**{n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in given.items()})[0])
     return torch.stack(out)
 
 
 def attached(offloaded):
     torch._dynamo.reset()
-    model, inputs = make()
+    model, inputs = make("hunyuan", layers=3, head_dim=64)
     qs.attach(model.to(DEVICE), recipe=RECIPE, compile="blocks")
     if offloaded:
         model.enable_group_offload(
