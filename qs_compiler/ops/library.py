@@ -1,7 +1,8 @@
 """The operator library `quantsparse`: defines ops, checks their inputs, counts their cost.
 
 Every op has a schema, a check of its arguments, a float32 reference (its specification and its eager implementation on
-every device), a fake implementation and a cost. All ops are functional.
+every device), a fake implementation and a cost. All ops are functional but `send_`, which no graph holds: the lowering
+of `send` calls it.
 """
 
 from __future__ import annotations

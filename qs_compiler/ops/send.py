@@ -3,6 +3,8 @@
 value: the cache's new values, on the device; handle (2,) int64 on the CPU: number of the cache and its write count
 (runtime/host_caches.py). `previous`, where given, is what `fetch` gave of this cache, which has to come first. Returns
 the handle after the write; copied over the old one, it keeps compilers from dropping the write.
+
+`send_` does the same and writes the handle itself; Inductor's code calls it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ def reference(value, handle, previous):
     return torch.tensor([number, writes + 1])
 
 
+def reference_in_place(value, handle, previous):
+    handle.copy_(reference(value, handle, previous))
+
+
 def fake(value, handle, previous):
     return torch.empty_like(handle)
 
@@ -44,6 +50,14 @@ define_op(
     check=check,
     reference=reference,
     fake=fake,
+    asks_device=True,
+    cost=OpCost(flops=0 * stored, bytes=stored, bind=bind),
+)
+define_op(
+    "send_(Tensor value, Tensor(a!) handle, Tensor? previous) -> ()",
+    check=check,
+    reference=reference_in_place,
+    fake=lambda value, handle, previous: None,
     asks_device=True,
     cost=OpCost(flops=0 * stored, bytes=stored, bind=bind),
 )

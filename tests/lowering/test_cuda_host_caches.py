@@ -9,6 +9,8 @@ import torch
 import qs_compiler as qs
 from qs_compiler import _compat
 from qs_compiler.runtime import graph
+from qs_compiler.runtime.cache_layout import Slot
+from qs_compiler.runtime.host_caches import HostCache
 from tests.backend.models import CACHES, RECIPE, clip, make
 from tests.fake_h100 import cuda_code
 from tests.gpu.one_tile import OneTile
@@ -67,11 +69,28 @@ def test_what_is_sent_was_computed_before_and_a_handle_asks_no_gpu():
     host = cuda_code(staged, *qkv, *lists, HANDLE, HANDLE.clone())
     assert kernels(host) == kernels(device)
     call = host[host.index("def call") :].splitlines()
-    sends = [(i, re.search(r"send\.default\((\w+)", line)[1]) for i, line in enumerate(call) if "send.default(" in line]
-    assert len(sends) == 2
+    sends = [(i, found[1]) for i, line in enumerate(call) if (found := re.search(r"send_\.default\((\w+)", line))]
+    assert len(sends) == 2 and "cpp" not in host, "no kernel for the CPU, to which a C++ compiler would have to come"
     for number, value in sends:
         writers = [i for i, line in enumerate(call) if ".run(" in line and re.search(rf"\b{value}\b", line)]
         assert writers and max(writers) < number
+
+
+def test_a_sent_value_comes_back_through_a_compiled_graph():
+    value, cache = torch.randn(3, 4), HostCache("residual", Slot((3, 4), torch.float32), torch.device("cpu"))
+
+    @torch.compile(fullgraph=True)
+    def renew(x, handle):
+        before = quantsparse.fetch(x, handle, [3, 4], torch.float32)
+        handle.copy_(quantsparse.send(x + 1, handle, before))
+        return before, quantsparse.fetch(x, handle, [3, 4], torch.float32)
+
+    before, after = renew(value, cache.handle)
+    assert torch.equal(before, torch.zeros(3, 4)) and torch.equal(after, value + 1)
+    assert cache.handle.tolist() == [cache.number, 1] and cache.writes == 1
+    before, _ = renew(value + 1, cache.handle)
+    assert torch.equal(before, value + 1) and torch.equal(cache.value(), value + 2)
+    assert cache.handle.tolist() == [cache.number, 2]
 
 
 def phases(fields, on_host, monkeypatch):

@@ -28,12 +28,15 @@ def test_what_is_sent_is_fetched() -> None:
     assert torch.equal(got, value) and got.is_contiguous()
     got.zero_()
     assert torch.equal(cache.value(), value), "a copy is handed out"
+    quantsparse.send_(-value, cache.handle, None)
+    assert cache.handle.tolist() == [cache.number, 1] and torch.equal(cache.value(), -value)
 
 
 def test_opcheck() -> None:
     cache = host_cache(3, 4)
     torch.library.opcheck(quantsparse.fetch, (torch.randn(2), cache.handle, [3, 4], torch.float32))
     torch.library.opcheck(quantsparse.send, (torch.randn(3, 4), cache.handle, None))
+    torch.library.opcheck(quantsparse.send_, (torch.randn(3, 4), cache.handle, None))
 
 
 def test_bad_input_is_named() -> None:

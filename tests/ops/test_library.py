@@ -25,6 +25,7 @@ OPS = {
     "refresh_attention",
     "select_blocks",
     "send",
+    "send_",
     "sparse_attention",
 }
 
@@ -72,6 +73,7 @@ def test_bytes_are_those_of_inputs_and_outputs():
         "low_rank": (o, 4),
         "fetch": (torch.tensor(0.0), cache.handle, [5, 64], torch.bfloat16),
         "send": (x, cache.handle, None),
+        "send_": (x, cache.handle.clone(), None),
         "pack_values": (v, torch.tensor([70])),
         "quantize_keys": (k, torch.tensor([70]), BLOCK),
     }
@@ -81,7 +83,7 @@ def test_bytes_are_those_of_inputs_and_outputs():
         # A single number is not counted.
         moved = bytes_of(t for t in args if not (isinstance(t, torch.Tensor) and t.dim() == 0))
         moved += bytes_of(out if isinstance(out, tuple) else (out,))
-        moved -= 16 if name == "fetch" else 32 if name == "send" else 0  # handles
+        moved -= {"fetch": 16, "send": 32, "send_": 16}.get(name, 0)  # handles
         assert COSTS[name].bytes_of(*args) == moved, name
 
 
