@@ -240,7 +240,7 @@ class Artifact:
             raise ArtifactError(
                 f"'{name}.weight' has other values than the weight that the artifact was made from: another "
                 "checkpoint, the other expert, or a LoRA fused into it. Attach each expert to its own artifact, "
-                "or calibrate again."
+                "load a LoRA after attaching and do not fuse it, or calibrate again."
             )
 
     def _tensors(

@@ -31,6 +31,7 @@ from .blocks import block_of, repeated_blocks
 from .capture import Capture, GraphInput, Kind, capture_exported
 from .dump import GraphDump, PassReport, new_report
 from .errors import ArtifactError, OptionError, UnsupportedError
+from .lora import ADAPTER, BASE, is_adapter
 from .lowering import register_lowerings
 from .options import BackendOptions, Recipe
 from .packing import PackedWeight, pack_weight, why_not
@@ -243,6 +244,8 @@ class Rounded:
         """Why the linear `node` is not meant to be compressed, or None."""
         if self._blocks and block_of(node) not in self._blocks:
             return "outside the repeated blocks"
+        if is_adapter(layer):
+            return ADAPTER
         if self._recipe.for_layer(layer).format == "off":
             return "kept in 16 bit by the recipe"
         if self._mixed and weight.dtype == torch.float32:
@@ -261,7 +264,7 @@ class Calibrated:
     def __init__(self, state: Mapping[str, torch.Tensor], artifact: Artifact) -> None:
         self._layers = {}
         for layer, packed in artifact.layers.items():
-            weight = state.get(f"{layer}.weight")
+            weight = state.get(f"{layer}.weight", state.get(f"{layer}.{BASE}.weight"))
             if weight is None:
                 raise ArtifactError(
                     f"the artifact holds a layer '{layer}', and the program has no parameter '{layer}.weight'; export "

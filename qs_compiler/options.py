@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import OptionError, RecipeError, nearest
+from .lora import plain_name
 from .runtime.schedule import DEFAULT_INTERVAL
 from .runtime.seen_grid import Grid
 from .runtime.token_layout import ALWAYS_KEPT, STATIC_MASKS
@@ -255,7 +256,11 @@ class Recipe:
         return self.sparse and (self.token_order == "tiles" or self.needs_places)
 
     def for_layer(self, name: str) -> Recipe:
-        """The recipe of the layer called `name`, with `keep` and `overrides` applied and dropped."""
+        """The recipe of the layer called `name`, with `keep` and `overrides` applied and dropped.
+
+        A linear goes by the name that it has without LoRA adapters.
+        """
+        name = plain_name(name)
         fields: dict[str, Any] = {"keep": (), "overrides": {}}
         for pattern, override in self.overrides.items():
             if fnmatchcase(name, pattern):

@@ -15,8 +15,8 @@ from .packing import PackedWeight, pack_weight
 PACKED = ("wq", "ws", "multipliers", "smooth", "rotation")
 
 
-class PackedLinear(nn.Module):
-    """y = x W^T + bias over a packed weight.
+class PackedLinear(nn.Linear):
+    """y = x W^T + bias over a packed weight; an nn.Linear to those who look for one, such as PEFT (lora.py).
 
     The forward traces to `aten.linear(x, quantsparse.dequantize(...), bias)`, right by itself, which the pass
     `quantize_linear` matches. The packed tensors are ordinary buffers, so `state_dict`, `deepcopy`, `.to(device)` and
@@ -39,14 +39,14 @@ class PackedLinear(nn.Module):
     def __init__(
         self, packed: PackedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # an nn.Linear would make a weight
         self.out_features, self.in_features = packed.shape
         self.activation = packed.activation
         for name in PACKED:
             self.register_buffer(name, getattr(packed, name))
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]
         if dtype is None:
             dtype = torch.get_default_dtype() if bias is None else bias.dtype
         # No elements: nn.Module casts and moves it with the module, which is how the module knows its dtype.
@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
         return PackedWeight(self.wq, self.ws, self.multipliers, self.smooth, self.rotation, self.activation)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The effective weight, (N, K) in the module's dtype: computed anew, so edits to it are lost."""
         return self._dequantize(self._dtype_of_weight.dtype)
 

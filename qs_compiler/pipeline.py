@@ -17,6 +17,7 @@ from torch import nn
 from .artifact import PLAN, Artifact
 from .backend import quantsparse_attached
 from .errors import ArtifactError, OptionError, RecipeError, UnsupportedError
+from .lora import is_adapter, peft_is_loaded, place_of, refuse_to_fuse
 from .options import BackendOptions, Recipe
 from .packed_linear import PackedLinear
 from .packing import PackedWeight, why_not
@@ -73,7 +74,7 @@ def attach(target: Any, artifact: Any = None, *, compile: bool | Literal["blocks
         elif own is not None:
             own.check_model(module)
             check_head_values(module, own.head_values)
-            replacements[name] = own.layers
+            replacements[name] = {place_of(module, layer): packed for layer, packed in own.layers.items()}
         else:
             replacements[name] = plan_layers(module, parsed[name].recipe)
             if not replacements[name] and parsed[name].recipe.weight_format is not None:
@@ -144,7 +145,7 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     linears: dict[str, nn.Linear] = {}
     kept: set[nn.Linear] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is not nn.Linear:
+        if type(module) is not nn.Linear or is_adapter(name):
             continue
         own = recipe.for_layer(name)
         if own.format == "off" or any(part in name.split(".") for part in keep_fp32):
@@ -202,6 +203,8 @@ def replace_linears(
         from .group_offload import mend_group_offloading
 
         mend_group_offloading()
+    if peft_is_loaded():
+        refuse_to_fuse()
 
 
 def _packed_linear(name: str, linear: nn.Linear, packed: PackedWeight | Recipe) -> PackedLinear:

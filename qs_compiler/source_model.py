@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import ArtifactError
+from .lora import place_of
 
 SAMPLES = 16  # elements of each source weight that are kept to recognise it
 
@@ -77,7 +78,7 @@ def source_weight(model: nn.Module, name: str, shape: tuple[int, int]) -> torch.
         ArtifactError: the model has no such linear, or one of another shape.
     """
     try:
-        module = model.get_submodule(name)
+        module = model.get_submodule(place_of(model, name))
     except AttributeError:
         raise ArtifactError(
             f"the artifact holds a layer '{name}', which this {type(model).__name__} has not; use the checkpoint that "

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import OptionError, UnsupportedError
+from ..lora import has_adapters
 from ..options import Recipe, parse_grid
 from ..packed_linear import PackedLinear
 from ..pipeline import EXPERTS, hear_steps, plan_layers
@@ -124,6 +125,11 @@ def _plan(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     """Names of the linears that are packed -> the recipe of each."""
     if any(isinstance(m, PackedLinear) for m in model.modules()):
         raise UnsupportedError(f"this {type(model).__name__} is compressed already; load the 16-bit model again.")
+    if has_adapters(model):
+        raise UnsupportedError(
+            f"this {type(model).__name__} carries LoRA adapters. Either fuse them, so that they are calibrated too: "
+            "pipe.fuse_lora(); pipe.unload_lora_weights(). Or calibrate without them and load them after attach()."
+        )
     plan = plan_layers(model, recipe)
     if not plan:
         raise UnsupportedError(f"recipe '{recipe}' packs no linear of this {type(model).__name__}.")

@@ -26,6 +26,7 @@ from torch import fx
 
 from .. import _compat
 from ..blocks import block_of, repeated_blocks
+from ..lora import ADAPTER, is_adapter
 from .base import GraphPass, PassContext, PassResult, call
 
 aten = torch.ops.aten
@@ -103,6 +104,8 @@ def why_not(node: fx.Node, context: PassContext, blocks: dict[tuple[str, str], i
     recipe = context.recipe
     if recipe.format == "off":
         return "recipe 'off'"
+    if is_adapter(context.owner_name(weight) or ""):
+        return ADAPTER
     if context.attached:
         return node.meta.get("kept", "kept in 16 bit by the artifact")
     if weight.op != "placeholder":
