@@ -8,7 +8,7 @@ import enum
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
@@ -66,6 +66,18 @@ class AttentionSite:
     shape: tuple[Any, ...]
 
 
+class MaskInput(NamedTuple):
+    """A mask that is an argument of the forward.
+
+    Attributes:
+        position: among the inputs of the graph.
+        padded: how many tokens, all of them kept, the graph puts before those of the mask.
+    """
+
+    position: int
+    padded: int
+
+
 @dataclasses.dataclass
 class PassContext:
     """Everything a pass may need beside the graph.
@@ -84,7 +96,7 @@ class PassContext:
         sites: the attentions that may run sparse, filled by sparsify_attention.
         extra_inputs: providers of the graph inputs that passes appended, in order.
         packed_from: packed graph input -> position of the parameter that it packs.
-        mask_lengths: valid length that was counted in a mask input -> position of that input.
+        mask_lengths: valid length that was counted in a mask input -> which input.
         prefix_inputs: position of a mask input that is taken for a prefix -> how many tokens it must at least keep.
     """
 
@@ -101,7 +113,7 @@ class PassContext:
     sites: list[AttentionSite] = dataclasses.field(default_factory=list)
     extra_inputs: list[Any] = dataclasses.field(default_factory=list)
     packed_from: dict[fx.Node, int] = dataclasses.field(default_factory=dict)
-    mask_lengths: dict[fx.Node, int] = dataclasses.field(default_factory=dict)
+    mask_lengths: dict[fx.Node, MaskInput] = dataclasses.field(default_factory=dict)
     prefix_inputs: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def add_input(self, name: str, example: torch.Tensor, provider: Any) -> fx.Node:

@@ -122,11 +122,11 @@ def video_start(q: fx.Node, length: int, tokens: int) -> int | None:
 
 def _keeps(kv_len: fx.Node, end: int, context: PassContext) -> bool:
     """Whether a mask hides none of the first `end` tokens: by the graph, or since the runtime will see to it."""
-    position = context.mask_lengths.get(kv_len)
-    if position is None:
+    mask = context.mask_lengths.get(kv_len)
+    if mask is None:
         return _is_longer(kv_len, end)
     if context.phase is not Phase.DENSE:  # which leaves the tokens where they are
-        context.prefix_inputs[position] = max(context.prefix_inputs[position], end)
+        context.prefix_inputs[mask.position] = max(context.prefix_inputs[mask.position], end - mask.padded)
     return True
 
 

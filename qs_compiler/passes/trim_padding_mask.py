@@ -18,7 +18,17 @@ After:   length: "i64[1]" = torch.ops.aten.sum.dim_IntList(mask, [1, 2, 3])
 
 That is no proof but an assumption: the runtime looks at the mask of every call (`runtime/prefix_masks.py`) and runs a
 form without it where the mask is no prefix, or hides one of the first `prefix_inputs` tokens. So it is made only where
-there is a runtime (not of exported programs), and where the recipe has attention rewritten.
+there is a runtime (not of exported programs), and where the recipe has attention rewritten. The argument may be the
+mask of the last tokens alone, before which the graph puts ones for all others (`pad`).
+
+Some models hide padding from keys and queries (HunyuanVideo 1.5): a mask as large as the attention, of which rows that
+hide all keys give zeros.
+
+Before:  repeat: "b8[1, 1, 342, 342]" = torch.ops.aten.repeat.default(keys, [1, 1, 342, 1])   # keys: "b8[1, 1, 1, 342]"
+         and_1 = torch.ops.aten.__and__.Tensor(repeat, torch.ops.aten.transpose.int(repeat, 2, 3))
+         sdpa = torch.ops.aten.scaled_dot_product_attention.default(q, k, v, and_1)
+After:   the same nodes; sdpa.meta["kv_len"] as by the mask `keys`
+         where = torch.ops.aten.where(arange(342) < kv_len, sdpa, 0), in the place of sdpa
 """
 
 from __future__ import annotations
@@ -27,9 +37,11 @@ import torch
 from torch import fx
 
 from .. import _compat
-from .base import GraphPass, PassContext, PassResult, call
+from .base import GraphPass, MaskInput, PassContext, PassResult, call, splice
 
 aten = torch.ops.aten
+_ANDS = {aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default}
+_REPEATS = {aten.repeat.default, aten.expand.default}
 _KEY_DIMS = [1, 2, 3]  # of a mask (B, 1, 1, T)
 _VIEWS = {aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.reshape.default, aten.alias.default}
 
@@ -45,6 +57,8 @@ class TrimPaddingMask(GraphPass):
             mask = attention_mask(node)
             if mask is None:
                 continue
+            keys = keys_of_square(mask)
+            mask = mask if keys is None else keys
             length = valid_length(mask, node.args[1].meta["val"].shape)
             if length is None and assumes_prefixes(context) and is_self_attention(node):
                 length = assumed_length(mask, node.args[1].meta["val"].shape, context)
@@ -52,6 +66,11 @@ class TrimPaddingMask(GraphPass):
                 result.skip(node, "the graph does not prove that the mask is a prefix")
                 continue
             node.meta["kv_len"] = length
+            if keys is not None:
+                users = list(node.users)
+                hidden = splice(graph, node.next, _without_hidden_rows, node, length)
+                for user in users:
+                    user.replace_input_with(node, hidden)
             result.matched += 1
         return result
 
@@ -60,6 +79,26 @@ def attention_mask(node: fx.Node) -> fx.Node | None:
     """The attn_mask operand of an aten.scaled_dot_product_attention node."""
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     return mask if isinstance(mask, fx.Node) else None
+
+
+def keys_of_square(mask: fx.Node) -> fx.Node | None:
+    """The (B, 1, 1, T) mask m of which a mask (B, 1, T, T) is m[..., i] & m[..., j], or None if it is no such mask."""
+    if mask.target not in _ANDS:
+        return None
+    for rows, columns in (mask.args, mask.args[::-1]):
+        if not _is(columns, aten.transpose.int) or columns.args[0] is not rows or rows.target not in _REPEATS:
+            continue
+        keys, tokens = rows.args[0], rows.meta["val"].shape[-1]
+        swapped = {dim % 4 for dim in columns.args[1:]}
+        if swapped == {2, 3} and keys.meta["val"].shape == (rows.meta["val"].shape[0], 1, 1, tokens):
+            return keys
+    return None
+
+
+def _without_hidden_rows(o: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Zeros for the queries (B, H, T, D) behind the first `length` (B,)."""
+    kept = torch.arange(o.shape[2], device=o.device) < length[:, None]
+    return torch.where(kept[:, None, :, None], o, 0.0)
 
 
 def assumes_prefixes(context: PassContext) -> bool:
@@ -78,8 +117,8 @@ def assumed_length(mask: fx.Node, kv_shape: torch.Size, context: PassContext) ->
     """The (B,) int64 number of keys that a mask keeps, if it is an argument of the forward seen through views."""
     if not _hides_keys(mask, kv_shape):
         return None
-    position = _argument(mask, context)
-    if position is None:
+    argument = _argument(mask, context)
+    if argument is None:
         return None
     known = [node for node in mask.users if node in context.mask_lengths]
     if known:
@@ -89,20 +128,33 @@ def assumed_length(mask: fx.Node, kv_shape: torch.Size, context: PassContext) ->
     inputs = context.capture.placeholders
     with graph.inserting_after(inputs[-1] if mask in inputs else mask):
         length = call(graph, mask, aten.sum.dim_IntList, mask, _KEY_DIMS)
-    context.mask_lengths[length] = position
-    context.prefix_inputs.setdefault(position, 0)
+    context.mask_lengths[length] = argument
+    context.prefix_inputs.setdefault(argument.position, 0)
     return length
 
 
-def _argument(mask: fx.Node, context: PassContext) -> int | None:
-    """Position of the argument of which a mask is a view with the same rows, if the graph writes into none of both."""
-    keys, node = mask.meta["val"].shape[-1], mask
-    while node.target in _VIEWS and node.args[0].meta["val"].dim() and node.args[0].meta["val"].shape[-1] == keys:
+def _argument(mask: fx.Node, context: PassContext) -> MaskInput | None:
+    """The argument of which a mask is a view with the same rows, or with ones before; the graph writes into none."""
+    node, padded = mask, 0
+    while node.target in _VIEWS and _tokens(node.args[0]) == _tokens(node):
+        node = node.args[0]
+    if node.target is aten.pad.default:
+        node, (before, *others), mode, value = (*node.args, "constant", None)[:4]
+        if any(others) or not isinstance(before, int) or before < 0 or mode != "constant" or value != 1:
+            return None
+        padded = before
+    while node.target in _VIEWS and _tokens(node.args[0]) == _tokens(node):
         node = node.args[0]
     position = context.input_index(node)
     if position is None or position >= len(context.capture.inputs) or context.capture.inputs[position].owned:
         return None
-    return None if _is_written(node) else position
+    return None if _is_written(node) else MaskInput(position, padded)
+
+
+def _tokens(mask: fx.Node) -> object:
+    """The last size of a mask; None where it has none."""
+    shape = mask.meta["val"].shape
+    return shape[-1] if shape else None
 
 
 def _is_written(tensor: fx.Node) -> bool:

@@ -74,13 +74,33 @@ def ltx(layers: int = 2) -> tuple[nn.Module, dict[str, object]]:
     return model, inputs
 
 
+def hunyuan15(layers: int = 2) -> tuple[nn.Module, dict[str, object]]:
+    """Joint attention, three texts after 320 video tokens, padding hidden from keys and queries; no single graph."""
+    model = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=layers,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=16, text_embed_2_dim=12,
+        image_embed_dim=10, rope_axes_dim=(4, 6, 6), target_size=16, task_type="t2v",
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 9, 5, 8, 8),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 12, 16),
+        "encoder_attention_mask": torch.tensor([[1] * 9 + [0] * 3]),
+        "encoder_hidden_states_2": torch.randn(1, 6, 12),
+        "encoder_attention_mask_2": torch.tensor([[1] * 4 + [0] * 2]),
+        "image_embeds": torch.zeros(1, 4, 10),
+    }
+    return model, inputs
+
+
 MODELS = {"wan": wan, "hunyuan": hunyuan, "cogvideox": cogvideox, "ltx": ltx}
+PARTED = {"hunyuan 1.5": hunyuan15}  # several graphs
 
 
 def make(name: str, layers: int = 2, **sizes: int) -> tuple[nn.Module, dict[str, object]]:
     """A model in eval mode with a fixed seed, and the arguments of one forward."""
     torch.manual_seed(0)
-    model, inputs = MODELS[name](layers, **sizes)
+    model, inputs = (MODELS | PARTED)[name](layers, **sizes)
     return model.eval(), {**inputs, "return_dict": False}
 
 

@@ -107,12 +107,34 @@ def hunyuan() -> D.HunyuanVideoPipeline:
     )  # fmt: skip
 
 
+def hunyuan15() -> D.HunyuanVideo15Pipeline:
+    """Sequential guidance by a guider; texts and their masks are given, each branch with padding of its own."""
+    torch.manual_seed(0)
+    vae = D.AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1).eval()
+    return D.HunyuanVideo15Pipeline(
+        text_encoder=None, tokenizer=None, transformer=make("hunyuan 1.5")[0], vae=vae,
+        scheduler=flow_match(shift=7.0), text_encoder_2=None, tokenizer_2=None,
+        guider=D.ClassifierFreeGuidance(guidance_scale=6.0),
+    )  # fmt: skip
+
+
+def texts15() -> dict[str, torch.Tensor]:
+    """Embeddings of a prompt and a negative one by both encoders, with masks of unlike lengths."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for name, kept in {"prompt": (9, 4), "negative_prompt": (5, 0)}.items():
+        for end, keep, tokens, width in zip(("", "_2"), kept, (12, 6), (16, 12), strict=True):
+            found[f"{name}_embeds{end}"] = torch.randn(1, tokens, width, generator=generator)
+            found[f"{name}_embeds_mask{end}"] = (torch.arange(tokens) < keep)[None].long()
+    return found
+
+
 PIPELINES = {
     "wan": wan,
     "wan 2.2": lambda: wan(dual=True),
     "cogvideox": cogvideox,
     "ltx": ltx,
     "hunyuan": hunyuan,
+    "hunyuan 1.5": hunyuan15,
 }
 _SIZE = {"height": 128, "width": 128, "num_frames": 33}
 _TEXT = {"prompt": "dance monkey", "max_sequence_length": 16, "output_type": "latent"}
@@ -127,6 +149,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "hunyuan": {
         **_TEXT, **_SIZE, "guidance_scale": 4.5, "prompt_template": {"template": "{}", "crop_start": 0},
     },
+    "hunyuan 1.5": {**texts15(), "height": 128, "width": 128, "num_frames": 17, "output_type": "latent"},
 }  # fmt: skip
 
 

@@ -78,6 +78,42 @@ def test_compiled_blocks_of_hunyuan(monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative_error(a, b) < CODES
 
 
+@pytest.mark.parametrize("more", [{"token_order": "rows"}, {}, {"attention": "int8"}], ids=["rows", "tiles", "int8"])
+@pytest.mark.parametrize("compile", [True, "blocks"])
+def test_hunyuan15_runs_sparse(looks: list[int], compile: bool | str, more: dict) -> None:
+    """The outputs of dense steps and refreshes are those of texts without padding."""
+    (model, inputs), count = make("hunyuan 1.5"), len(qs.reports())
+    kept = [(9, 4), (9, 4), (3, 0), (12, 6), (1, 1), (7, 2)]
+    short = [
+        {name: text[:, :n] for n, end in zip(lengths, ("", "_2"), strict=True) for name, text in inputs.items()
+         if name in (f"encoder_hidden_states{end}", f"encoder_attention_mask{end}")}
+        for lengths in kept
+    ]  # fmt: skip
+    exact = make("hunyuan 1.5")[0]
+    qs.attach(model, recipe={**SPARSE, "format": "off", **more}, compile=compile)
+    with qs.denoising(model, STEPS) as run:
+        for i, lengths in enumerate(kept):
+            run.step(i)
+            step = at_step(inputs, i, STEPS)
+            masks = {
+                f"encoder_attention_mask{end}": (torch.arange(n) < length)[None].long()
+                for n, end, length in zip((12, 6), ("", "_2"), lengths, strict=True)
+            }
+            out = model(**{**step, **masks})[0]
+            want = exact(**{**step, **{n: torch.ones_like(t) if "mask" in n else t for n, t in short[i].items()}})[0]
+            error = relative_error(out, want)
+            if i in (3, 4):
+                assert 1e-3 < error < 0.02, f"sparse step {i}: {error}"
+            else:
+                exactly = i < 2 or "attention" not in more
+                assert error < (RELATIVE_ERROR[torch.float32] if exactly else CODES), f"step {i}: {error}"
+    assert looks == [sum(lengths) for lengths in kept], "one look a forward"
+    (block,) = [report for report in qs.reports()[count:] if report.attentions[0]]
+    assert block.attentions == (1, 1) and min(block.calls.values()) >= 4, "two blocks in each phase"
+    (ordered,) = {p.matched for p in block.passes if p.name == "order_tokens"}
+    assert ordered == (0 if more.get("token_order") == "rows" else 1)
+
+
 class Block(nn.Module):
     """Masked self-attention."""
 

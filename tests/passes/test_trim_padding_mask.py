@@ -134,3 +134,66 @@ def test_tiles_need_a_mask_that_keeps_the_video(context, phase: Phase, least: in
     ordered = OrderTokens().run(ctx.capture.module.graph, ctx)
     assert (result.matched, ordered.matched, ordered.skipped) == (1, 1, [])
     assert ctx.prefix_inputs == {position(ctx, "mask"): least}
+
+
+def square(mask: torch.Tensor, text: int = 22) -> torch.Tensor:
+    """Of the last tokens' mask (B, T), what HunyuanVideo 1.5 makes: padding neither asks nor is asked."""
+    keys = F.pad(mask, (TOKENS - text, 0), value=True).bool().view(-1, 1, 1, TOKENS).repeat(1, 1, TOKENS, 1)
+    return (keys & keys.transpose(2, 3)).bool()
+
+
+TEXT = torch.arange(22) < torch.tensor([[9], [22]])
+
+
+def test_padding_hidden_from_queries_too(context) -> None:
+    model = Attention(square)
+    result, ctx, before = run(context, model, TEXT)
+    assert (result.matched, result.skipped) == (1, [])
+    assert ctx.prefix_inputs == {position(ctx, "mask"): 0}
+    graph = ctx.capture.module.graph
+    (length,) = lengths(ctx)
+    assert ctx.mask_lengths == {length: (position(ctx, "mask"), TOKENS - 22)}
+    new = ["sum.dim_IntList", "arange", "unsqueeze", "lt.Tensor", "unsqueeze", "unsqueeze", "where.ScalarOther"]
+    added = sorted(targets(graph))
+    for target in before:
+        added.remove(target)
+    assert sorted(name.removeprefix("aten.").removesuffix(".default") for name in added) == sorted(new)
+    ctx.phase = Phase.SPARSE
+    assert SparsifyAttention().run(graph, ctx).matched == 1
+    assert not graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    graph.eliminate_dead_code()
+    assert not graph.find_nodes(op="call_function", target=aten.repeat.default), "no mask as large as the attention"
+
+
+def test_tiles_count_the_tokens_before_the_mask(context) -> None:
+    recipe = {**SPARSE, "token_order": "tiles"}
+    _, ctx, _ = run(context, Attention(square), TEXT, recipe=recipe, phase=Phase.SPARSE)
+    ctx.options = dataclasses.replace(ctx.options, grid=(5, 8, 8))
+    assert OrderTokens().run(ctx.capture.module.graph, ctx).matched == 1
+    assert ctx.prefix_inputs == {position(ctx, "mask"): 22}, "all 320 tokens are the video, 22 of them in the mask"
+
+
+def either(mask: torch.Tensor) -> torch.Tensor:
+    keys = mask.view(-1, 1, 1, TOKENS).repeat(1, 1, TOKENS, 1)
+    return keys | keys.transpose(2, 3)
+
+
+def of_two(mask: torch.Tensor) -> torch.Tensor:
+    keys = mask.view(-1, 1, 1, TOKENS)
+    return keys.repeat(1, 1, TOKENS, 1) & keys.flip(-1).repeat(1, 1, TOKENS, 1).transpose(2, 3)
+
+
+def behind(mask: torch.Tensor) -> torch.Tensor:
+    return F.pad(mask, (0, TOKENS - 22), value=True).view(-1, 1, 1, TOKENS)
+
+
+def zeros_before(mask: torch.Tensor) -> torch.Tensor:
+    return F.pad(mask, (TOKENS - 22, 0), value=False).view(-1, 1, 1, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("views", "mask"), [(either, MASK[:, 0, 0]), (of_two, MASK[:, 0, 0]), (behind, TEXT), (zeros_before, TEXT)]
+)
+def test_what_only_looks_like_it(context, views, mask: torch.Tensor) -> None:
+    result, ctx, before = run(context, Attention(views), mask)
+    assert result.matched == 0 and ctx.prefix_inputs == {} and targets(ctx.capture.module.graph) == before
