@@ -28,7 +28,8 @@ Before:  repeat: "b8[1, 1, 342, 342]" = torch.ops.aten.repeat.default(keys, [1, 
          and_1 = torch.ops.aten.__and__.Tensor(repeat, torch.ops.aten.transpose.int(repeat, 2, 3))
          sdpa = torch.ops.aten.scaled_dot_product_attention.default(q, k, v, and_1)
 After:   the same nodes; sdpa.meta["kv_len"] as by the mask `keys`
-         where = torch.ops.aten.where(arange(342) < kv_len, sdpa, 0), in the place of sdpa
+         where = torch.ops.aten.where.ScalarOther(transpose.int(keys, 2, 3), sdpa, 0.0), in the place of sdpa; right by
+         any mask, since the runtime may have to leave the length alone
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class TrimPaddingMask(GraphPass):
             node.meta["kv_len"] = length
             if keys is not None:
                 users = list(node.users)
-                hidden = splice(graph, node.next, _without_hidden_rows, node, length)
+                hidden = splice(graph, node.next, _without_hidden_rows, node, keys)
                 for user in users:
                     user.replace_input_with(node, hidden)
             result.matched += 1
@@ -95,10 +96,9 @@ def keys_of_square(mask: fx.Node) -> fx.Node | None:
     return None
 
 
-def _without_hidden_rows(o: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """Zeros for the queries (B, H, T, D) behind the first `length` (B,)."""
-    kept = torch.arange(o.shape[2], device=o.device) < length[:, None]
-    return torch.where(kept[:, None, :, None], o, 0.0)
+def _without_hidden_rows(o: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Zeros for the queries (B, H, T, D) that the mask (B, 1, 1, T) hides."""
+    return torch.where(keys.transpose(2, 3), o, 0.0)
 
 
 def assumes_prefixes(context: PassContext) -> bool:

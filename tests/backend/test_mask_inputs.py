@@ -115,23 +115,28 @@ def test_hunyuan15_runs_sparse(looks: list[int], compile: bool | str, more: dict
 
 
 class Block(nn.Module):
-    """Masked self-attention."""
+    """Masked self-attention; `square`: what is hidden does not ask either."""
 
-    def __init__(self) -> None:
+    def __init__(self, square: bool = False) -> None:
         super().__init__()
+        self.square = square
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        return x + self.out(F.scaled_dot_product_attention(q, k, v, mask[:, None, None]).transpose(1, 2).flatten(2))
+        mask = mask[:, None, None]
+        if self.square:
+            mask = mask.repeat(1, 1, TOKENS, 1)
+            mask = mask & mask.transpose(2, 3)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class Masked(nn.Module):
     """Takes (x (B, S, C), mask (B, S) bool); the mask reaches its blocks as it came."""
 
-    def __init__(self) -> None:
+    def __init__(self, square: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block(square) for _ in range(3))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -143,9 +148,9 @@ X = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
 ALWAYS = {**SPARSE, "warmup": 0.0}
 
 
-def masked(**options: object) -> nn.Module:
+def masked(square: bool = False, **options: object) -> nn.Module:
     torch.manual_seed(0)
-    return qs.attach(Masked().eval(), compile="blocks", **{"recipe": ALWAYS, **options})
+    return qs.attach(Masked(square).eval(), compile="blocks", **{"recipe": ALWAYS, **options})
 
 
 def prefix(*lengths: int) -> torch.Tensor:
@@ -168,13 +173,14 @@ def steps(model: nn.Module, *masks: torch.Tensor, x: torch.Tensor = X) -> list[t
 
 
 @pytest.mark.usefixtures("eager_graphs")
-def test_a_mask_that_is_no_prefix_runs_dense(looks: list[int]) -> None:
+@pytest.mark.parametrize("square", [False, True])
+def test_a_mask_that_is_no_prefix_runs_dense(looks: list[int], square: bool) -> None:
     masks = [prefix(300, 200), holes(), prefix(300, 200), prefix(310, 7)]
-    want = steps(masked(recipe="w8a8"), *masks)
+    want = steps(masked(square, recipe="w8a8"), *masks)
     assert looks == [], "a dense recipe takes nothing for a prefix"
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match=PATTERN) as warned:
-        got = steps(masked(), *masks)
+        got = steps(masked(square), *masks)
     assert [str(w.message) for w in warned if PATTERN in str(w.message)] == [
         "recipe 'w8a8-d25' runs attention dense and in 16 bit with a mask that hides tokens before some that it keeps."
     ]
@@ -186,9 +192,10 @@ def test_a_mask_that_is_no_prefix_runs_dense(looks: list[int]) -> None:
     assert looks == [200, prefix_masks.NO_PREFIX, 200, 7]
 
 
+@pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("compiled", [False, True], ids=["reference", "compiled"])
 def test_a_dense_phase_that_takes_lengths_has_a_form_that_takes_masks(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, compiled: bool
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, compiled: bool, square: bool
 ) -> None:
     """As on CUDA, where a long dense attention runs on our kernel; compiled, neither form gets the other's code."""
     if not compiled:
@@ -197,10 +204,10 @@ def test_a_dense_phase_that_takes_lengths_has_a_form_that_takes_masks(
     monkeypatch.setattr(quantize_attention, "LIBRARY_DEVICES", ())
     monkeypatch.setattr(quantize_attention, "HEADS", {"int8": range(1, 129)})
     masks = [prefix(300, 200), holes(), prefix(TOKENS, TOKENS)]
-    plain = masked(recipe="w8a8")
+    plain = masked(square, recipe="w8a8")
     want = [plain(X, mask) for mask in masks]
     torch._dynamo.reset()
-    model = masked(recipe={"format": "w8a8", "attention": "int8"})
+    model = masked(square, recipe={"format": "w8a8", "attention": "int8"})
     with pytest.warns(UserWarning, match=PATTERN):
         got = [model(X, mask) for mask in masks]
     assert qs.reports()[-1].calls["dense"] == 9
