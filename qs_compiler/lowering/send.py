@@ -13,9 +13,15 @@ import torch
 from .._compat import extern_kernel, register_lowering
 
 OP = torch.ops.quantsparse.send.default
+IN_PLACE = torch.ops.quantsparse.send_.default
+
+
+@register_lowering(IN_PLACE, type_promotion_kind=None)
+def lower_send_in_place(*args):
+    return extern_kernel(IN_PLACE)(*args)
 
 
 @register_lowering(OP, type_promotion_kind=None)
 def lower_send(value, handle, previous):
-    extern_kernel(torch.ops.quantsparse.send_.default)(value, handle, previous)
+    lower_send_in_place(value, handle, previous)
     return handle
