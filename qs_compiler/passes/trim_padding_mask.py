@@ -18,7 +18,8 @@ After:   length: "i64[1]" = torch.ops.aten.sum.dim_IntList(mask, [1, 2, 3])
 
 That is no proof but an assumption: the runtime looks at the mask of every call (`runtime/prefix_masks.py`) and runs a
 form without it where the mask is no prefix, or hides one of the first `prefix_inputs` tokens. So it is made only where
-there is a runtime (not of exported programs), and where the recipe has attention rewritten. The argument may be the
+there is a runtime (not of exported programs), and where the recipe has attention rewritten or the mask is as large as
+the attention (below). The argument may be the
 mask of the last tokens alone, before which the graph puts ones for all others (`pad`).
 
 Some models hide padding from keys and queries (HunyuanVideo 1.5): a mask as large as the attention, of which rows that
@@ -61,7 +62,7 @@ class TrimPaddingMask(GraphPass):
             keys = keys_of_square(mask)
             mask = mask if keys is None else keys
             length = valid_length(mask, node.args[1].meta["val"].shape)
-            if length is None and assumes_prefixes(context) and is_self_attention(node):
+            if length is None and assumes_prefixes(context, keys is not None) and is_self_attention(node):
                 length = assumed_length(mask, node.args[1].meta["val"].shape, context)
             if length is None:
                 result.skip(node, "the graph does not prove that the mask is a prefix")
@@ -101,9 +102,12 @@ def _without_hidden_rows(o: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.where(keys.transpose(2, 3), o, 0.0)
 
 
-def assumes_prefixes(context: PassContext) -> bool:
-    """Whether the runtime can check what is assumed of masks, and the recipe makes use of it."""
-    used = context.recipe.sparse or context.recipe.attention != "16bit"
+def assumes_prefixes(context: PassContext, square: bool) -> bool:
+    """Whether the runtime can check what is assumed of masks, and there is a use for it.
+
+    Of a mask as large as the attention (`square`) there is one in 16 bit too: the kernel that needs none.
+    """
+    used = context.recipe.sparse or context.recipe.attention != "16bit" or square
     return used and context.trust_mask_inputs and not context.exported
 
 
