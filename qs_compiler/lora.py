@@ -8,7 +8,6 @@ their rank is too small for low-bit products to gain anything. A PackedLinear is
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -50,18 +49,17 @@ def has_adapters(model: nn.Module) -> bool:
 def refuse_to_fuse() -> None:
     """Have PEFT say, in this process, that an adapter cannot be fused into a packed weight.
 
-    It adds to `base_layer.weight.data`, which a PackedLinear computes anew each time: the adapter would be gone.
+    It adds to `base_layer.weight.data`, which a PackedLinear computes anew each time: the adapter would be gone. Where
+    PEFT is installed, diffusers imports it with the models.
     """
-    layer = importlib.import_module("peft.tuners.lora.layer").Linear
-    for name in ("merge", "unmerge"):
-        method = getattr(layer, name)
-        if not hasattr(method, "__wrapped__"):
-            setattr(layer, name, _refusing(method))
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    if layer is not None:
+        _guard(layer.Linear)
 
 
-def peft_is_loaded() -> bool:
-    """Whether PEFT can have wrapped anything; diffusers imports it with the models, where it is installed."""
-    return "peft.tuners.lora.layer" in sys.modules
+@functools.cache  # once a class
+def _guard(layer: Any) -> None:
+    layer.merge, layer.unmerge = _refusing(layer.merge), _refusing(layer.unmerge)
 
 
 def _refusing(method: Callable[..., Any]) -> Callable[..., Any]:

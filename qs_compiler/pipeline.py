@@ -17,7 +17,7 @@ from torch import nn
 from .artifact import PLAN, Artifact
 from .backend import quantsparse_attached
 from .errors import ArtifactError, OptionError, RecipeError, UnsupportedError
-from .lora import is_adapter, peft_is_loaded, place_of, refuse_to_fuse
+from .lora import is_adapter, place_of, refuse_to_fuse
 from .options import BackendOptions, Recipe
 from .packed_linear import PackedLinear
 from .packing import PackedWeight, why_not
@@ -203,8 +203,7 @@ def replace_linears(
         from .group_offload import mend_group_offloading
 
         mend_group_offloading()
-    if peft_is_loaded():
-        refuse_to_fuse()
+    refuse_to_fuse()
 
 
 def _packed_linear(name: str, linear: nn.Linear, packed: PackedWeight | Recipe) -> PackedLinear:

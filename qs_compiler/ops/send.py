@@ -45,13 +45,14 @@ def bind(value, handle, previous):
     return {stored: value.numel() * itemsize(value)}
 
 
+COST = OpCost(flops=0 * stored, bytes=stored, bind=bind)
 define_op(
     "send(Tensor value, Tensor handle, Tensor? previous) -> Tensor",
     check=check,
     reference=reference,
     fake=fake,
     asks_device=True,
-    cost=OpCost(flops=0 * stored, bytes=stored, bind=bind),
+    cost=COST,
 )
 define_op(
     "send_(Tensor value, Tensor(a!) handle, Tensor? previous) -> ()",
@@ -59,5 +60,5 @@ define_op(
     reference=reference_in_place,
     fake=lambda value, handle, previous: None,
     asks_device=True,
-    cost=OpCost(flops=0 * stored, bytes=stored, bind=bind),
+    cost=COST,
 )

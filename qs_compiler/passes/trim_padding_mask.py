@@ -19,8 +19,8 @@ After:   length: "i64[1]" = torch.ops.aten.sum.dim_IntList(mask, [1, 2, 3])
 That is no proof but an assumption: the runtime looks at the mask of every call (`runtime/prefix_masks.py`) and runs a
 form without it where the mask is no prefix, or hides one of the first `prefix_inputs` tokens. So it is made only where
 there is a runtime (not of exported programs), and where the recipe has attention rewritten or the mask is as large as
-the attention (below). The argument may be the
-mask of the last tokens alone, before which the graph puts ones for all others (`pad`).
+the attention (below). The argument may be the mask of the last tokens alone, before which the graph puts ones for all
+others (`pad`).
 
 Some models hide padding from keys and queries (HunyuanVideo 1.5): a mask as large as the attention, of which rows that
 hide all keys give zeros.
@@ -139,26 +139,24 @@ def assumed_length(mask: fx.Node, kv_shape: torch.Size, context: PassContext) ->
 
 def _argument(mask: fx.Node, context: PassContext) -> MaskInput | None:
     """The argument of which a mask is a view with the same rows, or with ones before; the graph writes into none."""
-    node, padded = mask, 0
-    while node.target in _VIEWS and _tokens(node.args[0]) == _tokens(node):
-        node = node.args[0]
+    node, padded = _behind_views(mask), 0
     if node.target is aten.pad.default:
         node, (before, *others), mode, value = (*node.args, "constant", None)[:4]
         if any(others) or not isinstance(before, int) or before < 0 or mode != "constant" or value != 1:
             return None
-        padded = before
-    while node.target in _VIEWS and _tokens(node.args[0]) == _tokens(node):
-        node = node.args[0]
+        node, padded = _behind_views(node), before
     position = context.input_index(node)
     if position is None or position >= len(context.capture.inputs) or context.capture.inputs[position].owned:
         return None
     return None if _is_written(node) else MaskInput(position, padded)
 
 
-def _tokens(mask: fx.Node) -> object:
-    """The last size of a mask; None where it has none."""
-    shape = mask.meta["val"].shape
-    return shape[-1] if shape else None
+def _behind_views(mask: fx.Node) -> fx.Node:
+    """What a mask is a view of with the same rows: the last size is the same all the way."""
+    tokens = mask.meta["val"].shape[-1:]
+    while mask.target in _VIEWS and mask.args[0].meta["val"].shape[-1:] == tokens:
+        mask = mask.args[0]
+    return mask
 
 
 def _is_written(tensor: fx.Node) -> bool:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import diffusers
 import torch
 from torch import nn
 
 
-def wan(layers: int = 2) -> tuple[nn.Module, dict[str, object]]:
-    """Self- and cross-attention without masks; 576 tokens."""
-    model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
-        text_dim=32, freq_dim=256, ffn_dim=32, num_layers=layers, cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+def wan(
+    layers: int = 2, cls: type[nn.Module] = diffusers.WanTransformer3DModel, in_channels: int = 16, **more: object
+) -> tuple[nn.Module, dict[str, object]]:
+    """Self- and cross-attention without masks; 576 tokens. `cls`: another of Wan's kind, with fields of its own."""
+    model = cls(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=in_channels,
+        out_channels=16, text_dim=32, freq_dim=256, ffn_dim=32, num_layers=layers, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", rope_max_seq_len=32, **more,
     )  # fmt: skip
     inputs = {
-        "hidden_states": torch.randn(1, 16, 9, 16, 16),
+        "hidden_states": torch.randn(1, in_channels, 9, 16, 16),
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": torch.randn(1, 12, 32),
     }
@@ -99,8 +103,13 @@ PARTED = {"hunyuan 1.5": hunyuan15}  # several graphs
 
 def make(name: str, layers: int = 2, **sizes: int) -> tuple[nn.Module, dict[str, object]]:
     """A model in eval mode with a fixed seed, and the arguments of one forward."""
+    return ready((MODELS | PARTED)[name], layers, **sizes)
+
+
+def ready(build: Callable[..., tuple[nn.Module, dict[str, object]]], *args: int, **sizes: int):
+    """The same of what `build(*args, **sizes)` gives."""
     torch.manual_seed(0)
-    model, inputs = (MODELS | PARTED)[name](layers, **sizes)
+    model, inputs = build(*args, **sizes)
     return model.eval(), {**inputs, "return_dict": False}
 
 

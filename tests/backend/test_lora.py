@@ -28,13 +28,13 @@ pytestmark = [
 ]
 
 
-def adapt(model: nn.Module, seed: int = 1, name: str = "default") -> nn.Module:
+def adapt(model: nn.Module) -> nn.Module:
     """Wrap the attention's linears in adapters of rank 4 that change the output by some per cent."""
     config = LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=WRAPPED)
-    model.add_adapter(config, adapter_name=name)
-    torch.manual_seed(seed)
-    for parameter_name, parameter in model.named_parameters():
-        if "lora_" in parameter_name:
+    model.add_adapter(config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
             parameter.data.normal_(0, 0.1)
     return model.requires_grad_(False)
 

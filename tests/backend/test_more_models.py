@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qs_compiler as qs
-from tests.backend.diffusers_models import at_step
+from tests.backend.diffusers_models import at_step, ready, wan
 from tests.tolerances import RELATIVE_ERROR, relative_error
 
 STEPS = 6
@@ -23,35 +23,18 @@ pytestmark = [
 Made = tuple[nn.Module, dict[str, object]]
 
 
-def _wan(cls: type, **more: object) -> nn.Module:
-    config = {
-        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16,
-        "out_channels": 16, "text_dim": 32, "freq_dim": 256, "ffn_dim": 32, "num_layers": 2, "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
-    }  # fmt: skip
-    return cls(**{**config, **more})
-
-
-def _wan_inputs(channels: int = 16) -> dict[str, object]:
-    return {
-        "hidden_states": torch.randn(1, channels, 9, 16, 16),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": torch.randn(1, 12, 32),
-    }
-
-
 def wan_from_an_image() -> Made:
-    model = _wan(D.WanTransformer3DModel, in_channels=36, image_dim=16, added_kv_proj_dim=24)
-    return model, {**_wan_inputs(36), "encoder_hidden_states_image": torch.randn(1, 7, 16)}
+    model, inputs = wan(in_channels=36, image_dim=16, added_kv_proj_dim=24)
+    return model, {**inputs, "encoder_hidden_states_image": torch.randn(1, 7, 16)}
 
 
 def wan_vace() -> Made:
-    model = _wan(D.WanVACETransformer3DModel, num_layers=3, vace_layers=[0, 2], vace_in_channels=24)
-    return model, {**_wan_inputs(), "control_hidden_states": torch.randn(1, 24, 9, 16, 16)}
+    model, inputs = wan(3, D.WanVACETransformer3DModel, vace_layers=[0, 2], vace_in_channels=24)
+    return model, {**inputs, "control_hidden_states": torch.randn(1, 24, 9, 16, 16)}
 
 
 def skyreels() -> Made:
-    return _wan(D.SkyReelsV2Transformer3DModel), _wan_inputs()
+    return wan(cls=D.SkyReelsV2Transformer3DModel)
 
 
 def framepack() -> Made:
@@ -162,12 +145,6 @@ def sana_video() -> Made:
     return model, inputs
 
 
-def made(make: Callable[[], Made]) -> Made:
-    torch.manual_seed(0)
-    model, inputs = make()
-    return model.eval(), {**inputs, "return_dict": False}
-
-
 # Calls of sparse graphs with self-attention over video tokens in a step: one graph, or one for each block.
 SPARSE_GRAPHS = {
     wan_from_an_image: 1, wan_vace: 1, skyreels: 1, framepack: 4, ltx2: 1, kandinsky5: 1, easyanimate: 1,
@@ -177,7 +154,7 @@ GRIDS = {ltx2: (5, 8, 8), kandinsky5: (9, 8, 8)}  # no convolution embeds their 
 
 @pytest.mark.parametrize("make", SPARSE_GRAPHS, ids=lambda make: make.__name__)
 def test_dense_steps_and_refreshes_are_exact_and_the_others_sparse(make: Callable[[], Made]) -> None:
-    (model, inputs), (exact, _), count = made(make), made(make), len(qs.reports())
+    (model, inputs), (exact, _), count = ready(make), ready(make), len(qs.reports())
     qs.attach(model, recipe=SPARSE, grid=GRIDS.get(make))
     with qs.denoising(model, STEPS) as run:
         for i in range(STEPS):
@@ -197,7 +174,7 @@ def test_dense_steps_and_refreshes_are_exact_and_the_others_sparse(make: Callabl
 @pytest.mark.parametrize("make", [mochi, sana_video], ids=lambda make: make.__name__)
 def test_others_keep_their_attention(make: Callable[[], Made]) -> None:
     """Mochi picks the tokens that count out of the text, which breaks graphs; SANA-Video's attention is linear."""
-    (model, inputs), (exact, _), count = made(make), made(make), len(qs.reports())
+    (model, inputs), (exact, _), count = ready(make), ready(make), len(qs.reports())
     qs.attach(model, recipe={**SPARSE, "format": "w8a8"})
     with qs.denoising(model, STEPS) as run:
         for i in range(STEPS):
